@@ -1,0 +1,1387 @@
+"""LLaDA, a masked diffusion language model, next to an autoregressive (AR) baseline, on characters.
+
+The sections follow the data:
+
+    text -> CharTokenizer -> ids -> windows -> forward_process -> mask predictor -> llada_loss -> train
+         -> reverse_process -> ids -> text;        the same windows -> nelbo / ar_nll -> tables
+
+Three ideas keep the module small. A *mask predictor* is any callable from ids [B, L] to logits [B, L, V], so that every
+loss, sampler and estimator below also takes somebody else's model or an exact oracle. LLaDA and AR are one Transformer
+that differs in `causal` alone. Training step s is a pure function of (seed, s).
+
+Losses and likelihoods are in nats; bits = nats / ln 2; perplexity = exp(nats per character). Equation numbers are those
+of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
+"""
+
+import contextlib
+import functools
+import hashlib
+import html
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pandas as pd
+import requests
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+MaskPredictor = Callable[[Tensor], Tensor]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAD_ID, MASK_ID, START_ID, END_ID = range(4)
+SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[START]", "[END]")
+MASK_GLYPH = "█"
+
+CORPUS_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def cache_path() -> Path:
+    """Where the downloaded corpus is kept (and where it can be put by hand)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llada" / "tinyshakespeare.txt"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a kill, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read the text file {path}: {error}; pass a path that exists") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); convert it to UTF-8 first") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text:
+        raise ValueError(f"{path} is empty; pass a file with some text in it")
+    return text
+
+
+def _offline_corpus() -> str:
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def load_text(path: str | os.PathLike | None = None) -> str:
+    """The corpus as one string with "\\n" line ends.
+
+    The first of these that is there: `path`, `$LLADA_DATA`, the cached download, the download (checked against
+    SHA-256, written atomically), and, with a loud warning, an offline corpus (the topics of Python's own `pydoc_data`).
+
+    Raises:
+        ValueError: `path` or `$LLADA_DATA` cannot be read, is empty or is not UTF-8.
+    """
+    path = path or os.environ.get("LLADA_DATA")
+    if path:
+        return _read_text(Path(path))
+    cached = cache_path()
+    if cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == CORPUS_SHA256:
+        return _read_text(cached)
+    try:
+        response = requests.get(CORPUS_URL, timeout=(5, 30))
+        response.raise_for_status()
+        digest = hashlib.sha256(response.content).hexdigest()
+        if digest != CORPUS_SHA256:
+            raise OSError(f"the download has SHA-256 {digest}, expected {CORPUS_SHA256}")
+        write_atomically(cached, response.content)
+        return _read_text(cached)
+    except OSError as error:  # requests' exceptions are OSErrors
+        warnings.warn(
+            f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({type(error).__name__}). Using Python's own help texts instead, so "
+            f"the numbers will not be comparable. To use TinyShakespeare, save {CORPUS_URL} as {cached}, or set "
+            "LLADA_DATA to any UTF-8 text file.",
+            stacklevel=2,
+        )
+        return _offline_corpus()
+
+
+def corpus_name(text: str) -> str:
+    """The name that tables and figure titles give to `text`."""
+    if hashlib.sha256(text.encode()).hexdigest() == CORPUS_SHA256:
+        return "TinyShakespeare"
+    if text == _offline_corpus():
+        return "offline corpus (Python help topics)"
+    return Path(os.environ.get("LLADA_DATA") or "own text").stem
+
+
+class CharTokenizer:
+    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, then the sorted characters of the text.
+
+    >>> tokenizer = CharTokenizer.from_text("banana")
+    >>> tokenizer.encode("nab").tolist()
+    [6, 4, 5]
+    >>> tokenizer.decode([2, 6, 4, 1, 3, 5])
+    'na█'
+    """
+
+    pad_id, mask_id, start_id, end_id = PAD_ID, MASK_ID, START_ID, END_ID
+
+    def __init__(self, characters: str):
+        if len(set(characters)) != len(characters) or not characters:
+            raise ValueError("characters must be distinct and at least one; use CharTokenizer.from_text(text)")
+        self.characters = characters
+        self.vocab_size = len(SPECIAL_TOKENS) + len(characters)
+        self._id_of = {c: i for i, c in enumerate(characters, start=len(SPECIAL_TOKENS))}
+        self._shown = ["", MASK_GLYPH, "", "", *characters]
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        if not text:
+            raise ValueError("the text is empty; pass at least one character")
+        return cls("".join(sorted(set(text))))
+
+    def encode(self, text: str) -> Tensor:
+        """LongTensor[len(text)]. ValueError names the characters that the vocabulary lacks."""
+        unknown = sorted(set(text) - self._id_of.keys())
+        if unknown:
+            raise ValueError(f"characters not in the vocabulary: {unknown}; use characters of the training text only")
+        return torch.tensor([self._id_of[c] for c in text], dtype=torch.long)
+
+    def decode(self, ids) -> str:
+        """Text up to the first [END]; [PAD] and [START] are skipped, [MASK] is shown as a block."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if END_ID in ids:
+            ids = ids[: ids.index(END_ID)]
+        return "".join(self._shown[i] for i in ids)
+
+    def to_json(self) -> str:
+        return json.dumps({"special_tokens": SPECIAL_TOKENS, "characters": self.characters})
+
+    @classmethod
+    def from_json(cls, text: str) -> "CharTokenizer":
+        try:
+            return cls(json.loads(text)["characters"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
+
+
+def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = PAD_ID) -> Tensor:
+    """Cut ids [n] into windows [N, seq_len], `stride` apart (default: end to end). The last one is padded, nothing dropped.
+
+    >>> windows(torch.tensor([5, 6, 7, 8, 9]), 3).tolist()
+    [[5, 6, 7], [8, 9, 0]]
+    """
+    stride = seq_len if stride is None else stride
+    if seq_len < 1 or not 1 <= stride <= seq_len:
+        raise ValueError(f"seq_len={seq_len}, stride={stride}: pass 1 <= stride <= seq_len, so that nothing is dropped")
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; pass a vector of at least one id")
+    count = 1 + max(0, math.ceil((len(ids) - seq_len) / stride))
+    padding = (count - 1) * stride + seq_len - len(ids)
+    return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Forward process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _uniform(shape, like: Tensor, generator: torch.Generator | None, dtype=torch.float32) -> Tensor:
+    """Uniform numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same on every device."""
+    device = generator.device if generator is not None else like.device
+    return torch.rand(shape, generator=generator, device=device, dtype=dtype).to(like.device)
+
+
+def _check_maskable(sequences: Tensor, maskable: Tensor | None) -> Tensor:
+    if sequences.ndim != 2:
+        raise ValueError(f"sequences has shape {tuple(sequences.shape)}; pass ids of shape [B, L]")
+    if maskable is None:
+        return torch.ones_like(sequences, dtype=torch.bool)
+    if maskable.shape != sequences.shape or maskable.dtype != torch.bool:
+        raise ValueError(f"maskable is {maskable.dtype} {tuple(maskable.shape)}; pass bool {tuple(sequences.shape)}")
+    return maskable
+
+
+def _check_times(t: float | Tensor, sequences: Tensor, lowest_included: bool) -> Tensor:
+    t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device)
+    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != sequences.shape[0]):
+        raise ValueError(f"t has shape {tuple(t.shape)}; pass one number or one per sequence ({sequences.shape[0]})")
+    inside = (t >= 0 if lowest_included else t > 0) & (t <= 1)
+    if not bool(inside.all()):
+        raise ValueError(f"t must lie in {'[' if lowest_included else '('}0, 1], got {t.tolist()}")
+    return t.expand(sequences.shape[0])
+
+
+def forward_process(
+    sequences: Tensor,
+    t: float | Tensor,
+    mask_id: int,
+    maskable: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask each maskable token independently with probability t (Eqs. 7-8).
+
+    Args:
+        sequences: ids, LongTensor[B, L].
+        t: time in [0, 1], one number or FloatTensor[B].
+        maskable: BoolTensor[B, L], default everything.
+
+    Returns:
+        masked sequences LongTensor[B, L], and BoolTensor[B, L], true where a token was masked.
+    """
+    maskable = _check_maskable(sequences, maskable)
+    t = _check_times(t, sequences, lowest_included=True)
+    mask = (_uniform(sequences.shape, sequences, generator) < t[:, None]) & maskable
+    return sequences.masked_fill(mask, mask_id), mask
+
+
+def stratified_times(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+    """FloatTensor[B] in (0, 1]: one uniform number shifted across the batch, so that each B-th of (0, 1] is hit once.
+
+    Every t_b is uniform, so the loss stays unbiased, with less noise than independent draws (Kingma et al. 2021).
+    """
+    shift = torch.rand(1, generator=generator, device=generator.device if generator is not None else None)
+    return 1 - (torch.arange(batch_size, device=shift.device) + shift) / batch_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+ROTARY_BASE = 10_000.0
+# Normalised queries and keys of width D have products up to D; this is the largest attention logit. sqrt(D), the usual scale,
+# is too blunt for characters, whose neighbours matter most: 5.7 -> 12 took 0.04 nats/char off after 800 steps.
+ATTENTION_SCALE = 12.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a Transformer. `causal` is the only difference between AR (True) and LLaDA (False)."""
+
+    vocab_size: int
+    seq_len: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    causal: bool = False
+    time_conditioning: bool = False
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd")}
+        bad = {name: value for name, value in sizes.items() if value < 1}
+        if bad:
+            raise ValueError(f"{bad}: pass positive sizes")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd={self.n_embd} with n_head={self.n_head}: pass n_embd divisible by 2 * n_head (rotary)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: pass a number in [0, 1)")
+
+
+class KVCache:
+    """Keys and values of every position, [n_layer, B, H, seq_len, D]; a pass over a slice writes at its positions."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
+        shape = (config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.length = 0
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        stop = start + k.shape[2]
+        self.length = max(self.length, stop)
+        self.keys[layer, :, :, start:stop] = k
+        self.values[layer, :, :, start:stop] = v
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): x [B, H, L, D] turned pairwise by angles [L, D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a ReLU^2 MLP (So et al. 2021), both residual; output projections start at zero."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.n_embd
+        self.n_head, self.causal, self.dropout = config.n_head, config.causal, config.dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
+        self.modulation = nn.Linear(width, 4 * width) if config.time_conditioning else None
+        for weight in (self.qkv.weight, self.mlp_in.weight):
+            nn.init.normal_(weight, std=width**-0.5)
+        for module in (self.attention_out, self.mlp_out, self.modulation):
+            if module is not None:
+                nn.init.zeros_(module.weight)
+
+    def forward(self, x: Tensor, rotary, visible=None, time=None, cache: KVCache | None = None, layer=0, start=0) -> Tensor:
+        B, L, C = x.shape
+        modulation = (None,) * 4 if time is None else self.modulation(time)[:, None].chunk(4, dim=-1)
+        h = self._norm(x, *modulation[:2])
+        q, k, v = self.qkv(h).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
+        q, k = _rotate(_rms_norm(q), *rotary), _rotate(_rms_norm(k), *rotary)
+        if cache is not None:
+            k, v = cache.write(layer, start, k, v)
+        causal = self.causal and visible is None and L > 1
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=ATTENTION_SCALE / q.shape[-1])
+        x = x + self._drop(self.attention_out(h.transpose(1, 2).reshape(B, L, C)))
+        h = F.relu(self.mlp_in(self._norm(x, *modulation[2:]))).square()
+        return x + self._drop(self.mlp_out(h))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    @staticmethod
+    def _norm(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return _rms_norm(x) if scale is None else _rms_norm(x) * (1 + scale) + shift
+
+
+class Transformer(nn.Module, PyTorchModelHubMixin):
+    """Ids LongTensor[B, L] to logits FloatTensor[B, L, vocab_size]; a mask predictor, or AR with `causal=True`.
+
+    [PAD] is never attended to. With `time_conditioning`, adaptive layer norm (Peebles & Xie 2023) on t FloatTensor[B]; if t
+    is not passed, the masked fraction of each sequence stands in for it. `save_pretrained`, `from_pretrained` and
+    `push_to_hub` come from huggingface_hub (safetensors and config.json).
+
+    Raises:
+        ValueError: ids not [B, L], or L longer than `config.seq_len`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width, half = config.n_embd, config.n_embd // config.n_head // 2
+        self.embed = nn.Embedding(config.vocab_size, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # Untied: input and output roles differ, [MASK] is only ever read. Zero: the first prediction is uniform.
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        nn.init.zeros_(self.head.weight)
+        if config.time_conditioning:
+            self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        angles = torch.outer(torch.arange(config.seq_len), ROTARY_BASE ** -(torch.arange(half) / half))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, ids: Tensor, t: Tensor | None = None, cache: KVCache | None = None, start: int = 0) -> Tensor:
+        if ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len:
+            raise ValueError(f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
+        padded = ids == PAD_ID
+        visible = None
+        if cache is None and bool(padded.any()):
+            visible = ~padded[:, None, None, :].expand(-1, -1, ids.shape[1], -1)  # [B, 1, query, key]
+            if self.config.causal:
+                visible = visible.tril()
+            visible = visible | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # a [PAD] row sees itself: no NaN
+        time = None
+        if self.config.time_conditioning:
+            t = (ids == MASK_ID).float().mean(dim=1) if t is None else t
+            time = self.time_mlp(self._sinusoids(t))
+        x = _rms_norm(self.embed(ids))
+        rotary = self.cos[start : start + ids.shape[1]], self.sin[start : start + ids.shape[1]]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, visible, time, cache, layer, start)
+        return self.head(_rms_norm(x)).float()
+
+    def _sinusoids(self, t: Tensor) -> Tensor:
+        half = self.config.n_embd // 2
+        frequencies = 1000 * 10_000.0 ** -(torch.arange(half, device=t.device) / half)
+        return torch.cat(((t[:, None] * frequencies).sin(), (t[:, None] * frequencies).cos()), dim=-1)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Losses: both models minimise a weighted negative log-likelihood of (inputs, targets, weight)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def diffusion_batch(
+    sequences: Tensor,
+    generator: torch.Generator | None = None,
+    mask_id: int = MASK_ID,
+    t: float | Tensor | None = None,
+    maskable: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs x_t, targets x_0 and the weights of Eq. 3: 1 / (t_b n_b) on masked tokens, n_b the maskable ones of row b."""
+    maskable = _check_maskable(sequences, sequences != PAD_ID if maskable is None else maskable)
+    t = stratified_times(len(sequences), generator) if t is None else t
+    t = _check_times(t, sequences, lowest_included=False)
+    inputs, mask = forward_process(sequences, t, mask_id, maskable, generator)
+    return inputs, sequences, mask / (t[:, None] * maskable.sum(dim=1, keepdim=True).clamp(min=1))
+
+
+def next_token_batch(
+    sequences: Tensor, generator: torch.Generator | None = None, start_id: int = START_ID, pad_id: int = PAD_ID
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs [START] x_1 ... x_{L-1}, targets x_1 ... x_L (Eq. 2), weights that make the batch a mean over its tokens."""
+    inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
+    real = (sequences != pad_id).float()
+    return inputs, sequences, real * (len(sequences) / real.sum().clamp(min=1))
+
+
+def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """Mean over rows of sum_i weight_i * -log p(target_i | inputs). Positions of weight 0 are never looked at."""
+    counted = weight > 0
+    nll = F.cross_entropy(model(inputs)[counted], targets[counted], reduction="none")
+    return (nll * weight[counted]).sum() / len(inputs)
+
+
+def llada_loss(
+    model: MaskPredictor,
+    sequences: Tensor,
+    mask_id: int,
+    t: float | Tensor | None = None,
+    maskable: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The LLaDA loss, nats per maskable token; its expectation is the NELBO (Eqs. 3 and 4; Eq. 5 if the prompt is not maskable).
+
+    Mean over the batch of (1/t_b) * (sum of cross-entropies over masked tokens) / (number of maskable tokens of b).
+
+    Args:
+        sequences: ids x_0, LongTensor[B, L].
+        t: times in (0, 1], one number or FloatTensor[B]; default: stratified, one per sequence.
+        maskable: BoolTensor[B, L], default everything.
+    """
+    maskable = torch.ones_like(sequences, dtype=torch.bool) if maskable is None else maskable
+    return weighted_nll(model, *diffusion_batch(sequences, generator, mask_id, t, maskable))
+
+
+def next_token_loss(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
+    """Mean AR cross-entropy, nats per token that is not padding; the first token is scored given [START] (Eq. 2)."""
+    return weighted_nll(model, *next_token_batch(sequences, None, start_id, pad_id))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Sizes and iterations, never seconds: a rerun gives the same numbers."""
+
+    steps: int
+    batch_size: int
+    muon_lr: float = 0.02
+    adamw_lr: float = 3e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.02  # fraction of the steps with rising learning rate
+    decay: float = 0.5  # fraction of the steps, the last ones, with linearly falling learning rate
+    clip: float = 1.0  # largest gradient norm
+    evals: int = 20  # validations, the last one at the end
+    eval_windows: int = 128
+    seed: int = 0
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Newton-Schulz iteration toward the nearest (semi-)orthogonal matrix, for each of [n, rows, columns]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalised, for the weight matrices of the blocks.
+
+    torch.optim.Muon works matrix by matrix in bfloat16, which CPUs without native bfloat16 emulate slowly; this one stacks equal
+    shapes into one batched product in the parameters' own precision, and treats q, k and v as three matrices (`parts`).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=1))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # [n, rows, columns]
+            n, rows, columns = updates.shape
+            rows //= group["parts"]
+            updates = orthogonalize(updates.view(n * group["parts"], rows, columns)).reshape(n, -1, columns)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embedding, head and time conditioning."""
+    matrices = [
+        {"params": [b.qkv.weight for b in model.blocks], "parts": 3},
+        {"params": [b.attention_out.weight for b in model.blocks]},
+        {"params": [b.mlp_in.weight for b in model.blocks]},
+        {"params": [b.mlp_out.weight for b in model.blocks]},
+    ]
+    in_muon = {id(p) for group in matrices for p in group["params"]}
+    rest = [p for p in model.parameters() if id(p) not in in_muon]
+    return [
+        Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
+        torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True),
+    ]
+
+
+def training_batch(ids: Tensor, seq_len: int, batch_size: int, seed: int, step: int, make_batch) -> tuple[Tensor, ...]:
+    """Inputs, targets, weights of one step: windows at random offsets, drawn from a generator seeded by (seed, step)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    ids = F.pad(ids, (0, max(0, seq_len - len(ids))), value=PAD_ID)
+    offsets = torch.randint(len(ids) - seq_len + 1, (batch_size,), generator=generator)
+    return make_batch(ids.unfold(0, seq_len, 1)[offsets], generator)
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, constant, linear decay to zero: 0 < factor <= 1."""
+    rise, fall = max(1, config.warmup * config.steps), max(1, config.decay * config.steps)
+    return min(1.0, (step + 1) / rise, (config.steps - step) / fall)
+
+
+def fingerprint(model_config: ModelConfig, config: TrainConfig, train_ids: Tensor, val_ids: Tensor, make_batch) -> str:
+    """Twelve hex digits that change with the configuration, the data or the code of the training path."""
+    code = [forward_process, stratified_times, KVCache, Block, Transformer, weighted_nll, orthogonalize, Muon, make_optimizers]
+    code += [make_batch, training_batch, learning_rate_factor, validation_loss, train]
+    digest = hashlib.sha256(json.dumps([asdict(model_config), asdict(config)]).encode())
+    for ids in (train_ids, val_ids):
+        digest.update(ids.numpy().tobytes())
+    for thing in code:
+        digest.update(inspect.getsource(thing).encode())
+    return digest.hexdigest()[:12]
+
+
+def validation_loss(model: Transformer, sequences: Tensor, seed: int = 0) -> float:
+    """Nats per character on fixed windows: exact for AR, the NELBO with fixed masks for LLaDA."""
+    real = sequences != PAD_ID
+    if model.config.causal:
+        nats = ar_nll(model, sequences, START_ID)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        nats = nelbo(model, sequences, MASK_ID, n_samples=4, maskable=real, generator=generator)
+    return float(nats.sum() / real.sum())
+
+
+@dataclass
+class Run:
+    """A finished or interrupted training run: the best model, the metrics table, the final numbers, the directory."""
+
+    model: Transformer
+    metrics: pd.DataFrame
+    summary: dict
+    path: Path
+
+
+def _save_state(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"meta": json.dumps(meta)})
+    os.replace(temporary, path)
+
+
+def _load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to train from the start") from error
+
+
+def _optimizer_tensors(optimizers: list) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{i}.{j}.{name}": torch.as_tensor(value)
+        for i, optimizer in enumerate(optimizers)
+        for j, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def _restore_optimizers(optimizers: list, tensors: dict[str, Tensor]) -> None:
+    for i, optimizer in enumerate(optimizers):
+        state = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer.{i}."):
+                _, _, j, name = key.split(".")
+                state.setdefault(int(j), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def describe_machine() -> dict[str, str]:
+    """Device and versions, for the first cell and for each run's record."""
+    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": gpu or f"{cpu}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": commit or "none",
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def mixed_precision() -> str:
+    """bf16 on GPUs that have it, fp16 with loss scaling on older ones (T4), full precision on CPU."""
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+
+
+def train(
+    name: str,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    train_ids: Tensor,
+    val_ids: Tensor,
+    *,
+    make_batch: Callable | None = None,
+    root: str | os.PathLike = ".",
+    compiled: bool = False,
+) -> Run:
+    """Train a Transformer, or load the run if it is already complete, or go on where it was interrupted.
+
+    Under `root`, `runs/NAME-FINGERPRINT/` gets run.json, metrics.csv, TensorBoard events and, at the end, final.json;
+    `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json, model.safetensors) and last.safetensors with the optimizers' state.
+    `LLADA_RETRAIN=1` trains from the start whatever is there.
+
+    Args:
+        train_ids, val_ids: LongTensor[n] each. The validation uses `eval_windows` windows spread over val_ids, fixed masks.
+        make_batch: (sequences [B, L], generator) -> (inputs, targets, weights); default `next_token_batch` or
+            `diffusion_batch`, as `model_config.causal` says.
+        compiled: torch.compile the blocks for the training steps.
+
+    Raises:
+        ValueError: too few steps, or a damaged checkpoint.
+        RuntimeError: the loss is not finite; names the step, the learning rate and the last good checkpoint.
+    """
+    if config.steps < 1 or config.batch_size < 1 or config.evals < 1:
+        raise ValueError(f"{config}: pass at least one step, one window a batch and one evaluation")
+    make_batch = make_batch or (next_token_batch if model_config.causal else diffusion_batch)
+    mark = fingerprint(model_config, config, train_ids, val_ids, make_batch)
+    run_dir = Path(root) / "runs" / f"{name}-{mark}"
+    checkpoint_dir = Path(root) / "checkpoints" / f"{name}-{mark}"
+    best_dir, last_path, final_path = checkpoint_dir / "best", checkpoint_dir / "last.safetensors", run_dir / "final.json"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
+    fresh = os.environ.get("LLADA_RETRAIN") == "1"
+    if not fresh and final_path.exists() and (best_dir / "model.safetensors").exists():
+        model = load_model(best_dir).to(accelerator.device)
+        return Run(model, pd.read_csv(run_dir / "metrics.csv"), json.loads(final_path.read_text()), run_dir)
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    for directory in (run_dir, best_dir):
+        directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    model = Transformer(model_config).to(accelerator.device)
+    optimizers = make_optimizers(model, config)
+    base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    all_windows = windows(val_ids, model_config.seq_len)
+    spread = torch.linspace(0, len(all_windows) - 1, min(config.eval_windows, len(all_windows))).long()
+    eval_windows = all_windows[spread]
+    step, rows, seconds, best = 0, [], 0.0, math.inf
+    if last_path.exists() and not fresh:
+        tensors, meta = _load_state(last_path)
+        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        _restore_optimizers(optimizers, tensors)
+        step, rows, seconds, best = meta["step"], meta["rows"], meta["seconds"], meta["best"]
+    record = {"name": name, "fingerprint": mark, "model": asdict(model_config), "train": asdict(config)}
+    record |= {"parameters": model.n_parameters, "precision": accelerator.mixed_precision, **describe_machine()}
+    record |= {"data_sha256": hashlib.sha256(train_ids.numpy().tobytes()).hexdigest()[:12], "batch": make_batch.__name__}
+    write_atomically(run_dir / "run.json", json.dumps(record, indent=1).encode())
+    network, *optimizers = accelerator.prepare(model, *optimizers)
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+
+    def finish(interrupted: bool) -> Run:
+        table = pd.DataFrame(rows)
+        summary = {"best": best, "steps": step, "seconds": round(seconds, 1), "parameters": model.n_parameters}
+        summary |= {"tokens": step * config.batch_size * model_config.seq_len, "fingerprint": mark}
+        if not interrupted:
+            write_atomically(final_path, json.dumps(summary, indent=1).encode())
+        kept = load_model(best_dir) if (best_dir / "model.safetensors").exists() else model.eval()
+        return Run(kept.to(accelerator.device), table, summary, run_dir)
+
+    writer = SummaryWriter(run_dir, purge_step=step)
+    eval_steps = {round(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
+    bar = tqdm(total=config.steps, initial=step, desc=name, file=sys.stdout, mininterval=5, ncols=100)
+    losses, started = [], time.perf_counter()
+    model.train()
+    try:
+        while step < config.steps:
+            inputs, targets, weight = training_batch(
+                train_ids, model_config.seq_len, config.batch_size, config.seed, step, make_batch
+            )
+            factor = learning_rate_factor(step, config)
+            for optimizer, rates in zip(optimizers, base_rates):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * factor
+            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, too, is a function of (seed, step)
+            device = accelerator.device
+            loss = weighted_nll(network, inputs.to(device), targets.to(device), weight.to(device))
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+            step += 1
+            bar.update()
+            if step not in eval_steps:
+                continue
+            train_loss = float(torch.stack(losses).mean())
+            if not math.isfinite(train_loss):
+                raise RuntimeError(
+                    f"{name}: the loss is {train_loss} at step {step} (learning-rate factor {factor:.3g}); "
+                    f"the last good checkpoint is {last_path}; lower muon_lr or adamw_lr"
+                )
+            seconds += time.perf_counter() - started
+            val_loss = validation_loss(model.eval(), eval_windows)
+            rows.append(
+                {
+                    "step": step,
+                    "tokens": step * config.batch_size * model_config.seq_len,
+                    "seconds": round(seconds, 2),
+                    "train_loss": train_loss,
+                    "val_loss": val_loss,
+                    "lr": config.muon_lr * factor,
+                    "grad_norm": float(norm),
+                }
+            )
+            for key in ("train_loss", "val_loss", "lr", "grad_norm"):
+                writer.add_scalar(key, rows[-1][key], step)
+            bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
+            if val_loss < best:
+                best = val_loss
+                save_best(model, best_dir)
+            state = {f"model.{k}": v for k, v in model.state_dict().items()} | _optimizer_tensors(optimizers)
+            _save_state(last_path, state, {"step": step, "rows": rows, "seconds": seconds, "best": best})
+            write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+            model.train()
+            losses, started = [], time.perf_counter()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted at step {step}; running the cell again goes on from {last_path}")
+        return finish(interrupted=True)
+    finally:
+        bar.close()
+        writer.close()
+        for block in model.blocks:
+            block._compiled_call_impl = None
+    return finish(interrupted=False)
+
+
+def load_model(directory: str | os.PathLike) -> Transformer:
+    """`from_pretrained` of a local directory, in evaluation mode, without its chatter on standard output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return Transformer.from_pretrained(directory).eval()
+
+
+def save_best(model: Transformer, directory: Path) -> None:
+    """`save_pretrained` into a neighbour, then renamed file by file, so that no reader sees half a checkpoint."""
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    model.save_pretrained(temporary)
+    for file in sorted(temporary.iterdir()):
+        os.replace(file, directory / file.name)
+    temporary.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Reverse process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    """What a sampler made. Every intermediate state follows from `ids` and `order`: see `state_after`."""
+
+    ids: Tensor  # LongTensor[B, L], the finished sequences
+    order: Tensor  # LongTensor[B, L], the step (from 0) that committed a position for good; -1 where it was given
+    nfe: int  # forward passes used (a guided pass counts once)
+
+    def state_after(self, step: int, mask_id: int = MASK_ID) -> Tensor:
+        """LongTensor[B, L]: the sequences after `step`; step -1 is the template."""
+        return self.ids.masked_fill(self.order > step, mask_id)
+
+
+def _inference(function):
+    """No gradients, and evaluation mode for the time of the call if the mask predictor is a module."""
+
+    @functools.wraps(function)
+    def wrapped(model, *args, **kwargs):
+        was_training = isinstance(model, nn.Module) and model.training
+        if was_training:
+            model.eval()
+        try:
+            with torch.no_grad():
+                return function(model, *args, **kwargs)
+        finally:
+            if was_training:
+                model.train()
+
+    return wrapped
+
+
+def _check_sampling(temperature: float, top_p: float) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: pass 0 for argmax, or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: pass a number in (0, 1]; 1 keeps everything")
+
+
+def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else an exact draw from the nucleus.
+
+    The draw inverts the cumulative distribution in float64: float32 Gumbel noise would lower the temperature (Zheng et
+    al. 2024, arXiv:2409.02908).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.double()
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ranked, index = probs.sort(dim=-1, descending=True)
+        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0  # the first token always stays
+        probs = torch.zeros_like(probs).scatter(-1, index, ranked)
+    cdf = probs.cumsum(dim=-1)
+    total = cdf[:, -1:]
+    point = _uniform((len(cdf), 1), cdf, generator, torch.float64) * total
+    return torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)[:, 0]
+
+
+def _guided(model: MaskPredictor, ids: Tensor, hidden: Tensor, mask_id: int, cfg_scale: float) -> Tensor:
+    """Logits, with classifier-free guidance (Eq. 16) against the same sequences with `hidden` positions masked."""
+    if cfg_scale == 0:
+        return model(ids)
+    conditional, unconditional = model(torch.cat((ids, ids.masked_fill(hidden, mask_id)))).chunk(2)
+    guided = unconditional + (cfg_scale + 1) * (conditional - unconditional)
+    return guided.masked_fill(conditional.isneginf(), -math.inf)
+
+
+REMASKING = ("low_confidence", "random", "ancestral", "entropy")
+
+
+@_inference
+def reverse_process(
+    model: MaskPredictor,
+    template: Tensor,
+    *,
+    mask_id: int,
+    steps: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    remasking: str = "low_confidence",
+    block_length: int | None = None,
+    threshold: float | None = None,
+    cfg_scale: float = 0.0,
+    forbidden: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Fill every [MASK] of the template, some positions per step, from t = 1 to t = 0.
+
+    After the step from t to s, floor(n (1 - s)) of a row's n masks are filled. Which ones come first:
+
+    - "low_confidence": those whose chosen token has the largest probability (Alg. 5);
+    - "random": uniformly chosen ones (Alg. 4 with fixed counts);
+    - "entropy": those whose predicted distribution has the lowest entropy;
+    - "ancestral": each remaining mask with probability (t - s) / t, the literal reverse process (Eq. 10).
+
+    Args:
+        template: LongTensor[B, L]. Masks may be anywhere and differ in number between rows; every other token is kept.
+        steps: forward passes at most (a step that would reveal nothing is skipped); shared out evenly over the blocks.
+        temperature: 0 is argmax, otherwise exact categorical sampling from the nucleus of mass `top_p`.
+        block_length: fill the masks in consecutive groups of this many, left to right (semi-autoregressive).
+        threshold: instead of a fixed count reveal every token whose probability exceeds it, at least one per row and pass
+            (Fast-dLLM, Wu et al. 2025); `steps` then does not bind and `order` counts passes.
+        cfg_scale: strength w of Eq. 16; the unconditional pass masks everything that was given.
+        forbidden: token ids never to produce; [MASK] never is.
+
+    Raises:
+        ValueError: an argument out of range, blocks that do not divide the masks or the steps, nothing to fill, or a
+            template longer than the model's `seq_len`.
+    """
+    _check_sampling(temperature, top_p)
+    if template.ndim != 2:
+        raise ValueError(f"template has shape {tuple(template.shape)}; pass ids of shape [B, L]")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: pass at least 1")
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking={remasking!r}: pass one of {', '.join(REMASKING)}")
+    longest = getattr(getattr(model, "config", None), "seq_len", None)
+    if longest is not None and template.shape[1] > longest:
+        raise ValueError(f"the template has {template.shape[1]} tokens, the model's seq_len is {longest}; pass a shorter one")
+    masked = template == mask_id
+    n_masks = masked.sum(dim=1)
+    if not bool(n_masks.any()):
+        raise ValueError("nothing to fill: pass a template with mask_id where tokens are wanted")
+    block_length = int(n_masks.max()) if block_length is None else block_length
+    if block_length < 1 or (bool((n_masks % block_length).any()) and block_length != int(n_masks.max())):
+        raise ValueError(f"block_length={block_length}: pass a positive divisor of the number of masks {n_masks.tolist()}")
+    n_blocks = -(-int(n_masks.max()) // block_length)
+    if steps % n_blocks and threshold is None:
+        raise ValueError(f"steps={steps}: pass a multiple of the number of blocks, {n_blocks}")
+    steps_per_block = max(1, steps // n_blocks)
+
+    ids, given, nfe = template.clone(), ~masked, 0
+    order = torch.full_like(ids, -1)
+    block_of = torch.where(masked, (masked.cumsum(dim=1) - 1) // block_length, -1)
+    banned = torch.tensor(sorted({mask_id, *forbidden}), device=ids.device)
+    for block in range(n_blocks):
+        in_block = block_of == block
+        n = in_block.sum(dim=1)
+        i = 0
+        while bool((candidates := in_block & (order < 0)).any()):
+            left = candidates.sum(dim=1)
+            if threshold is not None:
+                reveal, count = candidates, left.clamp(max=1)
+            elif remasking == "ancestral":
+                reveal = candidates & (_uniform(ids.shape, ids, generator, torch.float64) * (steps_per_block - i) < 1)
+                count = reveal.sum(dim=1)
+            else:
+                reveal, count = candidates, (n * (i + 1)).div(steps_per_block, rounding_mode="floor") - (n - left)
+            i += 1
+            if not bool(count.any()):
+                continue
+            logits = _guided(model, ids, given, mask_id, cfg_scale)[reveal]  # [M, V]
+            nfe += 1
+            allowed = logits.index_fill(-1, banned, -math.inf)
+            if bool((allowed.amax(dim=-1) == -math.inf).any()):
+                raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
+            tokens = sample_tokens(allowed, temperature, top_p, generator)
+            confidence = logits.double().softmax(dim=-1)
+            chosen = confidence.gather(-1, tokens[:, None])[:, 0]
+            if remasking == "entropy":
+                score = torch.special.entr(confidence).sum(dim=-1).neg()
+            else:
+                score = _uniform(chosen.shape, chosen, generator, chosen.dtype) if remasking == "random" else chosen
+            ranked = torch.full(ids.shape, -math.inf, dtype=torch.float64, device=ids.device).masked_scatter(reveal, score)
+            top = ranked.topk(int(count.max()), dim=1).indices
+            first = torch.zeros_like(reveal).scatter(1, top, torch.arange(top.shape[1], device=ids.device) < count[:, None])
+            if threshold is not None:
+                first = first.masked_scatter(reveal, first[reveal] | (chosen > threshold))
+            ids = torch.where(first, ids.masked_scatter(reveal, tokens), ids)
+            order[first] = block * steps_per_block + i - 1 if threshold is None else nfe - 1
+    return Generation(ids, order, nfe)
+
+
+@_inference
+def generate_ar(
+    model: MaskPredictor,
+    prompt: Tensor,
+    length: int,
+    *,
+    start_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    forbidden: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Continue prompt LongTensor[B, P] by `length` tokens, left to right (Eq. 2); ids are [B, P + length].
+
+    Our Transformer decodes with cached keys and values, any other causal callable is asked for the whole prefix each time.
+
+    Raises:
+        ValueError: length < 1, sampling arguments out of range, or P + length above the model's `seq_len`.
+    """
+    _check_sampling(temperature, top_p)
+    if prompt.ndim != 2 or length < 1:
+        raise ValueError(f"prompt {tuple(prompt.shape)}, length={length}: pass ids of shape [B, P] and length >= 1")
+    longest = getattr(getattr(model, "config", None), "seq_len", None)
+    if longest is not None and prompt.shape[1] + length > longest:
+        raise ValueError(f"prompt and length make {prompt.shape[1] + length} tokens, the model's seq_len is {longest}")
+    banned = torch.tensor(sorted(set(forbidden)), dtype=torch.long, device=prompt.device)
+    cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
+    ids = F.pad(prompt, (1, 0), value=start_id)
+    for _ in range(length):
+        if cache is None:
+            logits = model(ids)[:, -1]
+        else:
+            logits = model(ids[:, cache.length :], cache=cache, start=cache.length)[:, -1]  # one new token, or the prompt
+        tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
+        ids = torch.cat((ids, tokens[:, None]), dim=1)
+    order = torch.arange(-prompt.shape[1], length, device=ids.device).clamp(min=-1).expand(len(ids), -1)
+    return Generation(ids[:, 1:], order.contiguous(), length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Likelihood
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TOKENS_PER_PASS = 2**14
+
+
+def _nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor, hidden=None, mask_id=0, cfg_scale=0.0) -> Tensor:
+    """FloatTensor[R, L], -log p(target) at counted positions, 0 elsewhere; a bounded number of rows per forward pass."""
+    rows = max(1, _TOKENS_PER_PASS // inputs.shape[1])
+    result = torch.zeros(inputs.shape, device=inputs.device)
+    for i in range(0, len(inputs), rows):
+        part = slice(i, i + rows)
+        logits = _guided(model, inputs[part], None if hidden is None else hidden[part], mask_id, cfg_scale)
+        losses = F.cross_entropy(logits[counted[part]].float(), targets[part][counted[part]], reduction="none")
+        result[part] = result[part].masked_scatter(counted[part], losses)
+    return result
+
+
+@_inference
+def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
+    """Exact -log p of each sequence under the AR model, FloatTensor[B], nats; padding is not counted (Eq. 2)."""
+    inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
+    sequences, inputs = _on_device(model, sequences, inputs)
+    return _nll(model, inputs, sequences, sequences != pad_id).sum(dim=1)
+
+
+def _on_device(model, *tensors: Tensor):
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return tensors if parameter is None else [t.to(parameter.device) for t in tensors]
+
+
+@_inference
+def nelbo(
+    model: MaskPredictor,
+    sequences: Tensor,
+    mask_id: int,
+    *,
+    n_samples: int,
+    maskable: Tensor | None = None,
+    cfg_scale: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Unbiased estimate of an upper bound on -log p of each sequence, FloatTensor[B], nats (Eqs. 4 and 6).
+
+    Each of the `n_samples` masks hides exactly l of a row's n maskable tokens and weighs their cross-entropies by n / l. The
+    fractions l / n of a row are stratified over (0, 1], and rows are shifted against each other, so that a batch covers them
+    evenly; each single one remains uniform over 1..n.
+
+    Raises:
+        ValueError: n_samples < 1, or shapes that do not fit.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples={n_samples}: pass at least 1")
+    maskable = _check_maskable(sequences, maskable)
+    sequences, maskable = _on_device(model, sequences, maskable)
+    B, L = sequences.shape
+    n = maskable.sum(dim=1)
+    shift = (_uniform((1,), sequences, generator, torch.float64) + torch.arange(B, device=n.device) / B) % 1
+    total = torch.zeros(B, device=n.device, dtype=torch.float64)
+    for sample in range(n_samples):
+        count = torch.minimum((n * (sample + shift) / n_samples).long() + 1, n)  # l, uniform on 1..n
+        noise = _uniform((B, L), sequences, generator).masked_fill(~maskable, 2.0)
+        mask = noise.argsort(dim=1).argsort(dim=1) < count[:, None]
+        inputs = sequences.masked_fill(mask, mask_id)
+        nll = _nll(model, inputs, sequences, mask, ~maskable, mask_id, cfg_scale).sum(dim=1, dtype=torch.float64)
+        total += nll * n / count.clamp(min=1)
+    return (total / n_samples).float()
+
+
+def log_likelihood(
+    model: MaskPredictor,
+    prompt: Tensor,
+    response: Tensor,
+    mask_id: int,
+    *,
+    n_samples: int,
+    cfg_scale: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Lower bound on log p(response | prompt), nats, at most 0; prompt LongTensor[P] stays visible (Eq. 6)."""
+    return choose(model, prompt, [response], mask_id, n_samples=n_samples, cfg_scale=cfg_scale, generator=generator)[1][0]
+
+
+def choose(
+    model: MaskPredictor,
+    prompt: Tensor,
+    options: list[Tensor],
+    mask_id: int,
+    *,
+    n_samples: int,
+    cfg_scale: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[int, list[float]]:
+    """Index of the likeliest option after prompt LongTensor[P], and each option's log-likelihood bound in nats (Eq. 6).
+
+    All samples of an option go through the model as one batch.
+    """
+    if not options or any(o.ndim != 1 or len(o) == 0 for o in options) or prompt.ndim != 1:
+        raise ValueError("pass a prompt of shape [P] and at least one option of shape [R], R >= 1")
+    if n_samples < 1:
+        raise ValueError(f"n_samples={n_samples}: pass at least 1")
+    scores = []
+    for option in options:
+        rows = torch.cat((prompt, option)).expand(n_samples, -1)
+        maskable = (torch.arange(rows.shape[1], device=rows.device) >= len(prompt)).expand(n_samples, -1)
+        bound = nelbo(model, rows, mask_id, n_samples=1, maskable=maskable, cfg_scale=cfg_scale, generator=generator)
+        scores.append(-float(bound.mean()))
+    return int(np.argmax(scores)), scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def per_character(nats: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Mean nats per character over windows and the half-width of its 95% interval (normal, ratio estimator).
+
+    Args:
+        nats, counts: [N], the nats and the number of characters of each window.
+    """
+    nats, counts = nats.double(), counts.double()
+    mean = nats.sum() / counts.sum()
+    residual = nats - mean * counts
+    return float(mean), float(1.96 * residual.std() / (len(nats) ** 0.5 * counts.mean()))
+
+
+WORD = re.compile(r"[A-Za-z']+")
+GROUPS = 8  # samples are scored in this many groups, whose spread gives the intervals
+T_QUANTILE = 2.365  # Student's t, 97.5%, GROUPS - 1 degrees of freedom
+
+
+def longest_copy(text: str, corpus: str) -> int:
+    """Length of the longest run of `text` that stands verbatim in `corpus`."""
+    best = 0
+    for i in range(len(text)):
+        while i + best < len(text) and text[i : i + best + 1] in corpus:
+            best += 1
+    return best
+
+
+def text_metrics(texts: list[str], corpus: str, words: set[str]) -> dict[str, float]:
+    """Coherence and diversity of one group of generated texts; `words` is the lower-case vocabulary of `corpus`."""
+    inner = [w.lower() for text in texts for w in WORD.findall(text)[1:-1]]  # the outer words may be cut by the window
+    trigrams = [text[i : i + 3] for text in texts for i in range(len(text) - 2)]
+    counts = np.array(list(Counter("".join(texts)).values()))
+    shares = counts / counts.sum()
+    return {
+        "known words": sum(w in words for w in inner) / max(1, len(inner)),
+        "distinct-3": len(set(trigrams)) / max(1, len(trigrams)),
+        "char entropy": float(-(shares * np.log(shares)).sum()),
+        "longest copy": float(np.mean([longest_copy(text, corpus) for text in texts])),
+    }
+
+
+def grouped(values: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over groups and, in columns named "... ±", the half-width of its 95% interval (Student's t)."""
+    table = pd.DataFrame(values)
+    half = T_QUANTILE * table.std() / len(table) ** 0.5
+    return {key: number for name in table for key, number in ((name, table[name].mean()), (f"{name} ±", half[name]))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Tables, figures, widgets
+# ---------------------------------------------------------------------------------------------------------------------
+
+LLADA_COLOR, AR_COLOR, MASK_COLOR, REAL_COLOR = "#0072B2", "#D55E00", "#9A9A9A", "#009E73"  # Okabe & Ito, colour-blind safe
+FIGURES = Path("figures")
+
+
+def save_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Write figures/tables/NAME.csv (four decimals) and hand the same rounded table back for display."""
+    table = table.round(4)
+    write_atomically(FIGURES / "tables" / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
+    return table
+
+
+def save_figure(figure, name: str) -> None:
+    """Write figures/NAME.png."""
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.png", dpi=130, bbox_inches="tight")
+
+
+def markdown_table(path: Path) -> str:
+    """A CSV file as a Markdown table."""
+    rows = [[str(cell) for cell in row] for row in pd.read_csv(path, dtype=str, keep_default_na=False).itertuples(index=False)]
+    header = pd.read_csv(path, nrows=0).columns
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill_report(text: str, tables: Path = FIGURES / "tables") -> str:
+    """Put the tables' numbers between the markers of a Markdown text.
+
+    `<!-- table NAME -->...<!-- end -->` becomes the table, `<!-- NAME ; ROW ; COLUMN -->...<!-- end -->` one cell, where ROW
+    is the value of the first column. ValueError if a marker names what is not there.
+    """
+
+    def number(match: re.Match) -> str:
+        name, row, column = match.group(2, 3, 4)
+        table = pd.read_csv(tables / f"{name}.csv", dtype=str, keep_default_na=False)
+        found = table.loc[table.iloc[:, 0] == row]
+        if len(found) != 1 or column not in table:
+            raise ValueError(f"{match.group(1)}: {name}.csv has {len(found)} rows {row!r}; its columns are {list(table)}")
+        return f"{match.group(1)}{found.iloc[0][column]}<!-- end -->"
+
+    text = re.sub(
+        r"(<!-- table (\S+) -->).*?<!-- end -->",
+        lambda match: f"{match.group(1)}\n{markdown_table(tables / (match.group(2) + '.csv'))}\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
+    return re.sub(r"(<!-- ([\w-]+) ; (.*?) ; (.*?) -->).*?<!-- end -->", number, text, flags=re.DOTALL)
+
+
+def _states(generation: Generation, row: int, step: int) -> Tensor:
+    """LongTensor[L] after `step`: 0 masked, 1 just committed, 2 settled or given."""
+    order = generation.order[row]
+    return torch.where(order > step, 0, torch.where((order == step) & (order >= 0), 1, 2))
+
+
+def filmstrip(generation: Generation, tokenizer: CharTokenizer, row: int = 0, frames: int = 8, width: int = 64):
+    """A figure of one generation: a strip per step, newly committed characters marked, masks as grey blocks."""
+    from matplotlib.figure import Figure
+
+    last = int(generation.order[row].max())
+    steps = sorted({round(s) for s in np.linspace(-1, last, frames)})
+    length = generation.ids.shape[1]
+    lines = math.ceil(length / width)
+    figure = Figure(figsize=(10, 0.24 * (lines + 0.7) * len(steps)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-6, width), ylim=(len(steps) * (lines + 0.7), -0.3))
+    axes.axis("off")
+    style = {0: (MASK_COLOR, "normal"), 1: (AR_COLOR, "bold"), 2: ("black", "normal")}
+    for strip, step in enumerate(steps):
+        ids, states = generation.state_after(step)[row].tolist(), _states(generation, row, step).tolist()
+        top = strip * (lines + 0.7)
+        axes.text(-6, top + 0.5, f"step {step + 1}", fontsize=9, va="center", color="#555555")
+        for position, (token, state) in enumerate(zip(ids, states)):
+            x, y = position % width, top + position // width
+            if state < 2:
+                face = "#E3E3E3" if state == 0 else "#FBE3D0"
+                axes.add_patch(_rectangle(x, y, face))
+            glyph = "" if state == 0 else tokenizer.decode([token]).replace("\n", "↵").replace("$", r"\$")
+            axes.text(x + 0.5, y + 0.5, glyph, family="monospace", fontsize=9, ha="center", va="center",
+                      color=style[state][0], weight=style[state][1])  # fmt: skip
+    return figure
+
+
+def _rectangle(x: float, y: float, face: str):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=face, edgecolor="none")
+
+
+FRAME_STYLE = (
+    "background:#fff;color:#111;padding:8px;line-height:1.5;font-family:monospace;white-space:pre-wrap;border:1px solid #ccc"
+)
+STATE_STYLES = ("color:#9A9A9A", "background:#FBE3D0;color:#A33F00;font-weight:bold;text-decoration:underline", "")
+
+
+def frame_html(generation: Generation, tokenizer: CharTokenizer, step: int, row: int = 0) -> str:
+    """The text after `step` as escaped HTML: grey blocks are masked, underlined orange is just committed, black is settled."""
+    ids, states = generation.state_after(step)[row].tolist(), _states(generation, row, step).tolist()
+    spans, start = [], 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or states[i] != states[start]:
+            shown = html.escape(tokenizer.decode(ids[start:i]))
+            spans.append(f'<span style="{STATE_STYLES[states[start]]}">{shown}</span>')
+            start = i
+    masked = states.count(0)
+    head = f"<b>step {step + 1}</b> of {int(generation.order[row].max()) + 1}: {masked} of {len(ids)} characters masked"
+    return f'<div style="{FRAME_STYLE}">{head}<br>{"".join(spans)}</div>'
+
+
+def denoising_viewer(generation: Generation, tokenizer: CharTokenizer, row: int = 0):
+    """A step slider with a play button over one generation; linked in the browser, so that it moves without a kernel."""
+    import ipywidgets as widgets
+
+    last = int(generation.order[row].max())
+    frames = [widgets.HTML(frame_html(generation, tokenizer, step, row)) for step in range(-1, last + 1)]
+    stack = widgets.Stack(frames, selected_index=0)
+    slider = widgets.IntSlider(min=0, max=last + 1, description="step")
+    play = widgets.Play(min=0, max=last + 1, interval=200)
+    widgets.jslink((play, "value"), (slider, "value"))
+    widgets.jslink((slider, "value"), (stack, "selected_index"))
+    return widgets.VBox([widgets.HBox([play, slider]), stack])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Presets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes and iterations of everything in the notebook."""
+
+    name: str
+    seq_len: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    llada: TrainConfig
+    ar: TrainConfig
+    ablation: TrainConfig
+    ablation_seeds: int
+    nelbo_samples: int  # masks per validation window in the final evaluation
+    texts: int  # generated texts per decoder, a multiple of GROUPS
+    step_counts: tuple[int, ...] = field(default=())
+    compiled: bool = False
+
+    def model(self, vocab_size: int, causal: bool, **changes) -> ModelConfig:
+        sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "dropout": self.dropout, **changes}
+        return ModelConfig(vocab_size, self.seq_len, causal=causal, **sizes)
+
+
+PRESETS = {
+    "smoke": Preset(
+        "smoke", 64, 2, 2, 32, 0.0,
+        TrainConfig(200, 16, evals=5, eval_windows=32), TrainConfig(200, 16, evals=5, eval_windows=32),
+        ablation=TrainConfig(20, 16, evals=1, eval_windows=32), ablation_seeds=2, nelbo_samples=1, texts=16,
+        step_counts=(4, 16, 64),
+    ),
+    "cpu": Preset(
+        "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=23), TrainConfig(900, 32, evals=18),
+        ablation=TrainConfig(200, 16, evals=2), ablation_seeds=2, nelbo_samples=8, texts=64,
+        step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
+    ),
+    "gpu": Preset(
+        "gpu", 256, 6, 6, 384, 0.1,
+        TrainConfig(6000, 64, evals=30, adamw_lr=2e-3), TrainConfig(2500, 64, evals=25, adamw_lr=2e-3),
+        ablation=TrainConfig(500, 64, evals=2), ablation_seeds=2, nelbo_samples=16, texts=128,
+        step_counts=(4, 8, 16, 32, 64, 128, 256), compiled=False,
+    ),
+}  # fmt: skip
+
+
+def choose_preset() -> Preset:
+    """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu"."""
+    name = os.environ.get("LLADA_PRESET") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if name not in PRESETS:
+        raise ValueError(f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
+    return PRESETS[name]
