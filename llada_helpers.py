@@ -13,6 +13,7 @@ Losses and likelihoods are in nats; bits = nats / ln 2; perplexity = exp(nats pe
 of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -24,14 +25,15 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pandas as pd
@@ -41,8 +43,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 MaskPredictor = Callable[[Tensor], Tensor]
@@ -184,6 +187,12 @@ class CharTokenizer:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
 
+def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
+    """The first `fraction` of ids for training, the rest for validation: by position, so that no sentence is in both."""
+    cut = int(fraction * len(ids))
+    return ids[:cut], ids[cut:]
+
+
 def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = PAD_ID) -> Tensor:
     """Cut ids [n] into windows [N, seq_len], `stride` apart (default: end to end). The last one is padded, nothing dropped.
 
@@ -268,7 +277,9 @@ def stratified_times(batch_size: int, generator: torch.Generator | None = None) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-ROTARY_BASE = 10_000.0
+# The slowest rotation then turns once in about a thousand characters, a few windows: 10,000, made for long contexts, leaves most
+# frequencies idle at this length and cost 0.04 nats/char after 800 steps.
+ROTARY_BASE = 200.0
 # Normalised queries and keys of width D have products up to D; this is the largest attention logit. sqrt(D), the usual scale,
 # is too blunt for characters, whose neighbours matter most: 5.7 -> 12 took 0.04 nats/char off after 800 steps.
 ATTENTION_SCALE = 12.0
@@ -573,16 +584,17 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / rise, (config.steps - step) / fall)
 
 
-def fingerprint(model_config: ModelConfig, config: TrainConfig, train_ids: Tensor, val_ids: Tensor, make_batch) -> str:
-    """Twelve hex digits that change with the configuration, the data or the code of the training path."""
-    code = [forward_process, stratified_times, KVCache, Block, Transformer, weighted_nll, orthogonalize, Muon, make_optimizers]
-    code += [make_batch, training_batch, learning_rate_factor, validation_loss, train]
-    digest = hashlib.sha256(json.dumps([asdict(model_config), asdict(config)]).encode())
-    for ids in (train_ids, val_ids):
-        digest.update(ids.numpy().tobytes())
-    for thing in code:
-        digest.update(inspect.getsource(thing).encode())
-    return digest.hexdigest()[:12]
+def optimizer_step(accelerator: Accelerator, network: nn.Module, optimizers: list, batch, config: TrainConfig):
+    """Gradient of this process's share of the global batch, clipped; returns the detached loss and gradient norm."""
+    share = config.batch_size // accelerator.num_processes
+    mine = [x[accelerator.process_index * share :][:share].to(accelerator.device) for x in batch]
+    loss = weighted_nll(network, *mine)
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return accelerator.reduce(loss.detach(), "mean"), norm
 
 
 def validation_loss(model: Transformer, sequences: Tensor, seed: int = 0) -> float:
@@ -596,6 +608,18 @@ def validation_loss(model: Transformer, sequences: Tensor, seed: int = 0) -> flo
     return float(nats.sum() / real.sum())
 
 
+def fingerprint(model_config: ModelConfig, config: TrainConfig, train_ids: Tensor, val_ids: Tensor, make_batch) -> str:
+    """Twelve hex digits that change with the configuration, the data or the code of the training path."""
+    code = [forward_process, stratified_times, Block, Transformer, weighted_nll, make_batch, orthogonalize, Muon, make_optimizers]
+    code += [training_batch, learning_rate_factor, optimizer_step, validation_loss]
+    digest = hashlib.sha256(json.dumps([asdict(model_config), asdict(config), ROTARY_BASE, ATTENTION_SCALE]).encode())
+    for ids in (train_ids, val_ids):
+        digest.update(ids.numpy().tobytes())
+    for thing in code:
+        digest.update(inspect.getsource(thing).encode())
+    return digest.hexdigest()[:12]
+
+
 @dataclass
 class Run:
     """A finished or interrupted training run: the best model, the metrics table, the final numbers, the directory."""
@@ -606,55 +630,61 @@ class Run:
     path: Path
 
 
-def _save_state(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+def load_model(directory: str | os.PathLike) -> Transformer:
+    """`from_pretrained` of a local directory, in evaluation mode, without its chatter on standard output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return Transformer.from_pretrained(directory).eval()
+
+
+def _save_best(model: Transformer, directory: Path) -> None:
+    """`save_pretrained` into a neighbour, then renamed file by file, so that no reader sees half a checkpoint."""
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    model.save_pretrained(temporary)
+    for file in sorted(temporary.iterdir()):
+        os.replace(file, directory / file.name)
+    temporary.rmdir()
+
+
+def _save_state(path: Path, model: Transformer, optimizers: list, meta: dict) -> None:
+    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{i}.{j}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"meta": json.dumps(meta)})
+    save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
     os.replace(temporary, path)
 
 
-def _load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+def _load_state(path: Path, model: Transformer, optimizers: list) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
+            tensors, meta = {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to train from the start") from error
-
-
-def _optimizer_tensors(optimizers: list) -> dict[str, Tensor]:
-    return {
-        f"optimizer.{i}.{j}.{name}": torch.as_tensor(value)
-        for i, optimizer in enumerate(optimizers)
-        for j, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-
-
-def _restore_optimizers(optimizers: list, tensors: dict[str, Tensor]) -> None:
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for i, optimizer in enumerate(optimizers):
-        state = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            if key.startswith(f"optimizer.{i}."):
-                _, _, j, name = key.split(".")
+            if key.startswith(f"optimizer{i}."):
+                _, j, name = key.split(".")
                 state.setdefault(int(j), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return meta
 
 
 def describe_machine() -> dict[str, str]:
     """Device and versions, for the first cell and for each run's record."""
-    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    cpus = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x] if cpuinfo.exists() else []
+    cpu = f"{cpus[0] if cpus else platform.processor()}, {torch.get_num_threads()} threads"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "device": gpu or f"{cpu}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": commit or "none",
+        "commit": git.stdout.strip() or "none",
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def mixed_precision() -> str:
@@ -664,6 +694,7 @@ def mixed_precision() -> str:
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
+@torch.random.fork_rng()
 def train(
     name: str,
     model_config: ModelConfig,
@@ -679,7 +710,7 @@ def train(
 
     Under `root`, `runs/NAME-FINGERPRINT/` gets run.json, metrics.csv, TensorBoard events and, at the end, final.json;
     `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json, model.safetensors) and last.safetensors with the optimizers' state.
-    `LLADA_RETRAIN=1` trains from the start whatever is there.
+    `LLADA_RETRAIN=1` trains from the start whatever is there. Ctrl-C returns what there is.
 
     Args:
         train_ids, val_ids: LongTensor[n] each. The validation uses `eval_windows` windows spread over val_ids, fixed masks.
@@ -688,23 +719,22 @@ def train(
         compiled: torch.compile the blocks for the training steps.
 
     Raises:
-        ValueError: too few steps, or a damaged checkpoint.
+        ValueError: too few steps, a batch that the processes cannot share evenly, or a damaged checkpoint.
         RuntimeError: the loss is not finite; names the step, the learning rate and the last good checkpoint.
     """
-    if config.steps < 1 or config.batch_size < 1 or config.evals < 1:
-        raise ValueError(f"{config}: pass at least one step, one window a batch and one evaluation")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
+    if min(config.steps, config.batch_size, config.evals, config.eval_windows) < 1:
+        raise ValueError(f"{config}: pass at least one step, one window a batch, one evaluation of one window")
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(f"batch_size={config.batch_size}: pass a multiple of the {accelerator.num_processes} processes")
     make_batch = make_batch or (next_token_batch if model_config.causal else diffusion_batch)
     mark = fingerprint(model_config, config, train_ids, val_ids, make_batch)
-    run_dir = Path(root) / "runs" / f"{name}-{mark}"
-    checkpoint_dir = Path(root) / "checkpoints" / f"{name}-{mark}"
+    run_dir, checkpoint_dir = (Path(root) / folder / f"{name}-{mark}" for folder in ("runs", "checkpoints"))
     best_dir, last_path, final_path = checkpoint_dir / "best", checkpoint_dir / "last.safetensors", run_dir / "final.json"
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
     fresh = os.environ.get("LLADA_RETRAIN") == "1"
     if not fresh and final_path.exists() and (best_dir / "model.safetensors").exists():
-        model = load_model(best_dir).to(accelerator.device)
-        return Run(model, pd.read_csv(run_dir / "metrics.csv"), json.loads(final_path.read_text()), run_dir)
-
-    from torch.utils.tensorboard import SummaryWriter
+        summary = json.loads(final_path.read_text())
+        return Run(load_model(best_dir).to(accelerator.device), pd.read_csv(run_dir / "metrics.csv"), summary, run_dir)
 
     for directory in (run_dir, best_dir):
         directory.mkdir(parents=True, exist_ok=True)
@@ -712,56 +742,39 @@ def train(
     model = Transformer(model_config).to(accelerator.device)
     optimizers = make_optimizers(model, config)
     base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    all_windows = windows(val_ids, model_config.seq_len)
-    spread = torch.linspace(0, len(all_windows) - 1, min(config.eval_windows, len(all_windows))).long()
-    eval_windows = all_windows[spread]
-    step, rows, seconds, best = 0, [], 0.0, math.inf
+    progress = {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf}
     if last_path.exists() and not fresh:
-        tensors, meta = _load_state(last_path)
-        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        _restore_optimizers(optimizers, tensors)
-        step, rows, seconds, best = meta["step"], meta["rows"], meta["seconds"], meta["best"]
-    record = {"name": name, "fingerprint": mark, "model": asdict(model_config), "train": asdict(config)}
-    record |= {"parameters": model.n_parameters, "precision": accelerator.mixed_precision, **describe_machine()}
-    record |= {"data_sha256": hashlib.sha256(train_ids.numpy().tobytes()).hexdigest()[:12], "batch": make_batch.__name__}
-    write_atomically(run_dir / "run.json", json.dumps(record, indent=1).encode())
+        progress = _load_state(last_path, model, optimizers)
+    step, rows = progress["step"], progress["rows"]
     network, *optimizers = accelerator.prepare(model, *optimizers)
-    if compiled:
+    if compiled and (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         for block in model.blocks:
             block.compile()
-
-    def finish(interrupted: bool) -> Run:
-        table = pd.DataFrame(rows)
-        summary = {"best": best, "steps": step, "seconds": round(seconds, 1), "parameters": model.n_parameters}
-        summary |= {"tokens": step * config.batch_size * model_config.seq_len, "fingerprint": mark}
-        if not interrupted:
-            write_atomically(final_path, json.dumps(summary, indent=1).encode())
-        kept = load_model(best_dir) if (best_dir / "model.safetensors").exists() else model.eval()
-        return Run(kept.to(accelerator.device), table, summary, run_dir)
-
-    writer = SummaryWriter(run_dir, purge_step=step)
+    twin = Transformer(model_config).to(accelerator.device).eval()  # for validation: eager, full precision, any shape
+    main = accelerator.is_main_process
+    if main:
+        record = {"name": name, "fingerprint": mark, "model": asdict(model_config), "train": asdict(config)}
+        record |= {"parameters": model.n_parameters, "precision": accelerator.mixed_precision, "batch": make_batch.__name__}
+        record |= {"data_sha256": hashlib.sha256(train_ids.numpy().tobytes()).hexdigest(), **describe_machine()}
+        write_atomically(run_dir / "run.json", json.dumps(record, indent=1).encode())
+    val_windows = windows(val_ids, model_config.seq_len)
+    val_windows = val_windows[torch.linspace(0, len(val_windows) - 1, min(config.eval_windows, len(val_windows))).long()]
     eval_steps = {round(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
-    bar = tqdm(total=config.steps, initial=step, desc=name, file=sys.stdout, mininterval=5, ncols=100)
+    writer = SummaryWriter(run_dir, purge_step=step) if main else None
+    bar = tqdm(
+        total=config.steps, initial=step, desc=name, file=sys.stdout, mininterval=5, delay=5, ncols=100, disable=not main
+    )
     losses, started = [], time.perf_counter()
-    model.train()
     try:
         while step < config.steps:
-            inputs, targets, weight = training_batch(
-                train_ids, model_config.seq_len, config.batch_size, config.seed, step, make_batch
-            )
             factor = learning_rate_factor(step, config)
             for optimizer, rates in zip(optimizers, base_rates):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * factor
+            batch = training_batch(train_ids, model_config.seq_len, config.batch_size, config.seed, step, make_batch)
             torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, too, is a function of (seed, step)
-            device = accelerator.device
-            loss = weighted_nll(network, inputs.to(device), targets.to(device), weight.to(device))
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
+            loss, norm = optimizer_step(accelerator, network, optimizers, batch, config)
+            losses.append(loss)
             step += 1
             bar.update()
             if step not in eval_steps:
@@ -769,57 +782,38 @@ def train(
             train_loss = float(torch.stack(losses).mean())
             if not math.isfinite(train_loss):
                 raise RuntimeError(
-                    f"{name}: the loss is {train_loss} at step {step} (learning-rate factor {factor:.3g}); "
+                    f"{name}: the loss is {train_loss} at step {step}, learning-rate factor {factor:.3g}; "
                     f"the last good checkpoint is {last_path}; lower muon_lr or adamw_lr"
                 )
-            seconds += time.perf_counter() - started
-            val_loss = validation_loss(model.eval(), eval_windows)
-            rows.append(
-                {
-                    "step": step,
-                    "tokens": step * config.batch_size * model_config.seq_len,
-                    "seconds": round(seconds, 2),
-                    "train_loss": train_loss,
-                    "val_loss": val_loss,
-                    "lr": config.muon_lr * factor,
-                    "grad_norm": float(norm),
-                }
-            )
-            for key in ("train_loss", "val_loss", "lr", "grad_norm"):
-                writer.add_scalar(key, rows[-1][key], step)
-            bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
-            if val_loss < best:
-                best = val_loss
-                save_best(model, best_dir)
-            state = {f"model.{k}": v for k, v in model.state_dict().items()} | _optimizer_tensors(optimizers)
-            _save_state(last_path, state, {"step": step, "rows": rows, "seconds": seconds, "best": best})
-            write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
-            model.train()
+            progress["seconds"] += time.perf_counter() - started
+            row = {"step": step, "tokens": step * config.batch_size * model_config.seq_len}
+            row |= {"seconds": round(progress["seconds"], 2), "train_loss": train_loss}
+            twin.load_state_dict(model.state_dict())
+            row |= {"val_loss": validation_loss(twin, val_windows), "lr": config.muon_lr * factor, "grad_norm": float(norm)}
+            rows.append(row)
+            bar.set_postfix(train=f"{train_loss:.3f}", val=f"{row['val_loss']:.3f}", refresh=False)
+            if main:
+                for key in ("train_loss", "val_loss", "lr", "grad_norm"):
+                    writer.add_scalar(key, row[key], step)
+                if row["val_loss"] < progress["best"]:
+                    progress["best"] = row["val_loss"]
+                    _save_best(twin, best_dir)
+                _save_state(last_path, model, optimizers, progress | {"step": step})
+                write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
             losses, started = [], time.perf_counter()
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted at step {step}; running the cell again goes on from {last_path}")
-        return finish(interrupted=True)
+        print(f"\n{name}: interrupted at step {step}; running the same again goes on from {last_path}")
     finally:
         bar.close()
-        writer.close()
-        for block in model.blocks:
-            block._compiled_call_impl = None
-    return finish(interrupted=False)
-
-
-def load_model(directory: str | os.PathLike) -> Transformer:
-    """`from_pretrained` of a local directory, in evaluation mode, without its chatter on standard output."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return Transformer.from_pretrained(directory).eval()
-
-
-def save_best(model: Transformer, directory: Path) -> None:
-    """`save_pretrained` into a neighbour, then renamed file by file, so that no reader sees half a checkpoint."""
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
-    model.save_pretrained(temporary)
-    for file in sorted(temporary.iterdir()):
-        os.replace(file, directory / file.name)
-    temporary.rmdir()
+        if writer:
+            writer.close()
+    summary = {"best": progress["best"], "steps": step, "seconds": round(progress["seconds"], 1), "fingerprint": mark}
+    summary |= {"parameters": model.n_parameters, "tokens": step * config.batch_size * model_config.seq_len}
+    accelerator.wait_for_everyone()
+    if main and step == config.steps:
+        write_atomically(final_path, json.dumps(summary, indent=1).encode())
+    best = load_model(best_dir).to(accelerator.device) if (best_dir / "model.safetensors").exists() else twin
+    return Run(best, pd.DataFrame(rows), summary, run_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1029,11 +1023,9 @@ def generate_ar(
     cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
     ids = F.pad(prompt, (1, 0), value=start_id)
     for _ in range(length):
-        if cache is None:
-            logits = model(ids)[:, -1]
-        else:
-            logits = model(ids[:, cache.length :], cache=cache, start=cache.length)[:, -1]  # one new token, or the prompt
-        tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
+        new = {"cache": cache, "start": cache.length} if cache else {}  # with a cache only what it has not seen: first the prompt
+        logits = model(ids[:, new.get("start", 0) :], **new)[:, -1].index_fill(-1, banned, -math.inf)
+        tokens = sample_tokens(logits, temperature, top_p, generator)
         ids = torch.cat((ids, tokens[:, None]), dim=1)
     order = torch.arange(-prompt.shape[1], length, device=ids.device).clamp(min=-1).expand(len(ids), -1)
     return Generation(ids[:, 1:], order.contiguous(), length)
@@ -1385,3 +1377,31 @@ def choose_preset() -> Preset:
     if name not in PRESETS:
         raise ValueError(f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def main() -> None:
+    """`python llada_helpers.py train --preset cpu --model llada`: train outside the notebook, which then loads the run."""
+    parser = argparse.ArgumentParser(description="Train the models of the notebook from the command line.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train one model of a preset, or go on with it")
+    command.add_argument("--preset", choices=PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
+    command.add_argument("--model", choices=("llada", "ar"), required=True)
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset] if arguments.preset else choose_preset()
+    text = load_text()
+    tokenizer = CharTokenizer.from_text(text)
+    train_ids, val_ids = split(tokenizer.encode(text))
+    causal = arguments.model == "ar"
+    run = train(
+        f"{preset.name}-{arguments.model}",
+        preset.model(tokenizer.vocab_size, causal),
+        preset.ar if causal else preset.llada,
+        train_ids,
+        val_ids,
+        compiled=preset.compiled,
+    )
+    print(json.dumps(run.summary))
+
+
+if __name__ == "__main__":
+    main()

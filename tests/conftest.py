@@ -1,0 +1,32 @@
+"""Shared by all tests: the helper on the path, one hypothesis profile, a clean environment."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """A preset, a corpus or a forced retraining in the caller's shell must not change what is tested."""
+    for name in ("LLADA_DATA", "LLADA_PRESET", "LLADA_RETRAIN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def patch_like(monkeypatch):
+    """Replace a function of a module by a wrapper that keeps its source, so that fingerprints of code stay the same."""
+    import functools
+
+    def patch(module, name, make_wrapper):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, functools.wraps(original)(make_wrapper(original)))
+
+    return patch

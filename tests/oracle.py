@@ -1,0 +1,133 @@
+"""Mask predictors whose every number is known: exact ones by enumeration, and a wrong one from a fixed random table."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+PAD, MASK, START, END = range(4)
+FIRST = 4  # the first data id
+
+
+class ExactPredictor:
+    """log p(x_i | visible tokens) for a fixed random joint distribution p over `symbols`^`length`.
+
+    Data ids count as visible, everything else ([MASK], [PAD]) as unknown. Impossible tokens get -inf.
+    """
+
+    def __init__(self, length=3, symbols=3, seed=0, sharpness=1.5):
+        self.length, self.vocab_size = length, FIRST + symbols
+        self.sequences = torch.tensor(list(itertools.product(range(FIRST, self.vocab_size), repeat=length)))  # [K, L]
+        generator = torch.Generator().manual_seed(seed)
+        logits = sharpness * torch.randn(len(self.sequences), generator=generator, dtype=torch.float64)
+        self.logp = logits.log_softmax(0)
+        self.one_hot = torch.nn.functional.one_hot(self.sequences, self.vocab_size).double()  # [K, L, V]
+
+    def __call__(self, ids):
+        fits = ((ids[:, None] == self.sequences) | (ids[:, None] < FIRST)).all(dim=-1)  # [B, K]
+        weight = fits * self.logp.exp()
+        joint = torch.einsum("bk,klv->blv", weight, self.one_hot)
+        return (joint / weight.sum(dim=1)[:, None, None]).log().float()
+
+    @property
+    def entropy(self):
+        return -float((self.logp.exp() * self.logp).sum())
+
+    def index(self, ids):
+        """Row numbers of complete sequences [B, L] in `sequences`."""
+        base = self.vocab_size - FIRST
+        return ((ids - FIRST) * base ** torch.arange(self.length - 1, -1, -1)).sum(dim=1)
+
+    def log_prob(self, ids):
+        """log p of what is visible in ids [B, L], the rest summed out."""
+        fits = ((ids[:, None] == self.sequences) | (ids[:, None] < FIRST)).all(dim=-1)
+        return (fits * self.logp.exp()).sum(dim=1).log()
+
+
+class ExactAR:
+    """The same distribution, left to right: logits [B, l, V] for inputs [START] x_1 ... x_{l-1}."""
+
+    def __init__(self, exact):
+        self.exact = exact
+
+    def __call__(self, inputs):
+        assert bool((inputs[:, 0] == START).all()), "the first input must be [START]"
+        columns = []
+        for i in range(inputs.shape[1]):
+            seen = torch.full((len(inputs), self.exact.length), MASK)
+            seen[:, :i] = inputs[:, 1 : i + 1]
+            columns.append(self.exact(seen)[:, i])
+        return torch.stack(columns, dim=1)
+
+
+class WrongPredictor:
+    """Fixed random logits that depend on the whole masked sequence, and on nothing else."""
+
+    def __init__(self, vocab_size, longest=8, seed=0, scale=1.5, buckets=1009):
+        generator = torch.Generator().manual_seed(seed)
+        self.table = scale * torch.randn(buckets, longest, vocab_size, generator=generator)
+        self.calls = self.rows = 0
+
+    def __call__(self, ids):
+        self.calls += 1
+        self.rows += len(ids)
+        powers = torch.tensor([pow(31, i + 1, len(self.table)) for i in range(ids.shape[1])])
+        return self.table[(ids * powers).sum(dim=1) % len(self.table), : ids.shape[1]]
+
+
+def enumerated_nelbo(predict, sequence, maskable, mask_id=MASK):
+    """(1/n) sum_l (n/l) mean over the subsets of l maskable tokens of their summed cross-entropies; one sequence [L]."""
+    where = maskable.nonzero()[:, 0].tolist()
+    value = 0.0
+    for size in range(1, len(where) + 1):
+        subsets = list(itertools.combinations(where, size))
+        rows = sequence.repeat(len(subsets), 1)
+        for row, subset in zip(rows, subsets):
+            row[list(subset)] = mask_id
+        logp = predict(rows).double().log_softmax(dim=-1)
+        nll = [-float(logp[r, i, sequence[i]]) for r, subset in enumerate(subsets) for i in subset]
+        value += sum(nll) / len(subsets) / size
+    return value
+
+
+def enumerated_bernoulli_loss(predict, sequence, maskable, t, mask_id=MASK):
+    """The expectation of Eq. 3 at a fixed t: masks of k of n tokens weigh t^k (1-t)^(n-k), losses 1 / (t n)."""
+    where = maskable.nonzero()[:, 0].tolist()
+    value = 0.0
+    for size in range(1, len(where) + 1):
+        for subset in itertools.combinations(where, size):
+            row = sequence.clone()
+            row[list(subset)] = mask_id
+            logp = predict(row[None])[0].double().log_softmax(dim=-1)
+            nll = -sum(float(logp[i, sequence[i]]) for i in subset)
+            value += t**size * (1 - t) ** (len(where) - size) * nll / (t * len(where))
+    return value
+
+
+@dataclass
+class ChiSquare:
+    """Pearson's statistic of counts against probabilities, and a bound that the truth exceeds with probability < 1e-6."""
+
+    statistic: float
+    bound: float
+
+    @classmethod
+    def of(cls, counts, probs):
+        expected = probs.double() * counts.sum()
+        free = int((probs > 0).sum()) - 1
+        assert int(counts[probs == 0].sum()) == 0, "something of probability zero was sampled"
+        kept = probs > 0
+        statistic = float(((counts.double() - expected)[kept] ** 2 / expected[kept]).sum())
+        return cls(statistic, free + 2 * math.sqrt(14 * free) + 28)  # Laurent & Massart 2000: exceeded with p < e^-14
+
+    @property
+    def fits(self):
+        return self.statistic < self.bound
+
+
+def within(values, expected, errors=4):
+    """Does the mean of independent values lie within `errors` standard errors of what is expected?"""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    error = float(values.std()) / math.sqrt(len(values))
+    return abs(float(values.mean()) - expected) <= errors * error + 1e-6

@@ -1,0 +1,267 @@
+"""Section 1: where the text comes from, the tokenizer, the windows."""
+
+import hashlib
+import warnings
+
+import pytest
+import requests
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llada_helpers as h
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
+
+
+class Response:
+    def __init__(self, content, status=200):
+        self.content, self.status = content, status
+
+    def raise_for_status(self):
+        if self.status >= 400:
+            raise requests.HTTPError(f"{self.status}")
+
+
+@pytest.fixture
+def web(monkeypatch, tmp_path):
+    """No network: an empty cache, a corpus of our own with its own SHA-256, and a list of what was asked for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(h, "CORPUS_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+
+    class Web:
+        calls = []
+        answer = Response(TEXT.encode())
+
+        def get(self, url, **kwargs):
+            self.calls.append((url, kwargs))
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    fake = Web()
+    fake.calls = []
+    monkeypatch.setattr(h.requests, "get", fake.get)
+    return fake
+
+
+def test_path_wins_over_environment(web, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("from the path")
+    (tmp_path / "b.txt").write_text("from the environment")
+    monkeypatch.setenv("LLADA_DATA", str(tmp_path / "b.txt"))
+    assert h.load_text(tmp_path / "a.txt") == "from the path"
+    assert h.load_text(str(tmp_path / "a.txt")) == "from the path"
+    assert h.load_text() == "from the environment"
+    assert web.calls == []
+
+
+def test_environment_wins_over_cache(web, tmp_path, monkeypatch):
+    h.write_atomically(h.cache_path(), TEXT.encode())
+    (tmp_path / "b.txt").write_text("from the environment")
+    monkeypatch.setenv("LLADA_DATA", str(tmp_path / "b.txt"))
+    assert h.load_text() == "from the environment"
+
+
+def test_cache_lies_under_xdg_cache_home(web, tmp_path):
+    assert (tmp_path / "cache") in h.cache_path().parents
+
+
+def test_right_cache_is_read_without_network(web):
+    h.write_atomically(h.cache_path(), TEXT.encode())
+    assert h.load_text() == TEXT
+    assert web.calls == []
+
+
+def test_wrong_cache_is_replaced(web):
+    h.write_atomically(h.cache_path(), TEXT[:20].encode())  # an interrupted download of long ago
+    assert h.load_text() == TEXT
+    assert len(web.calls) == 1
+    assert h.cache_path().read_text() == TEXT
+
+
+def test_download_is_cached_once_with_a_timeout(web):
+    assert h.load_text() == TEXT
+    assert h.load_text() == TEXT
+    assert len(web.calls) == 1
+    url, kwargs = web.calls[0]
+    assert url == h.CORPUS_URL
+    assert kwargs.get("timeout"), "without a time-out a dead server hangs the notebook"
+    assert [p.name for p in h.cache_path().parent.iterdir()] == [h.cache_path().name], "a temporary file was left behind"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Response(b"<html>not the corpus</html>"),
+        Response(TEXT.encode(), status=404),
+        requests.Timeout("too slow"),
+        requests.ConnectionError("no network"),
+    ],
+    ids=["wrong SHA", "404", "time-out", "offline"],
+)
+def test_failed_download_warns_and_serves_the_offline_corpus(web, answer):
+    web.answer = answer
+    with pytest.warns(UserWarning) as caught:
+        text = h.load_text()
+    message = str(caught[0].message)
+    assert str(h.cache_path()) in message and "LLADA_DATA" in message, "the warning must say where to put the file by hand"
+    assert len(text) > 100_000 and text == h._offline_corpus()
+    assert not h.cache_path().exists(), "what failed the check must not be cached"
+
+
+def test_right_download_does_not_warn(web):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        h.load_text()
+
+
+@pytest.mark.parametrize(
+    "raw, text",
+    [
+        (b"\xef\xbb\xbfabc\n", "abc\n"),
+        (b"a\r\nb\rc\n", "a\nb\nc\n"),
+        ("naïve – π".encode(), "naïve – π"),
+    ],
+    ids=["BOM", "line ends", "UTF-8"],
+)
+def test_text_is_normalised(tmp_path, raw, text):
+    (tmp_path / "t.txt").write_bytes(raw)
+    assert h.load_text(tmp_path / "t.txt") == text
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf", b"\xff\xfe\x00a", None], ids=["empty", "only BOM", "not UTF-8", "missing"])
+@pytest.mark.parametrize("way", ["path", "environment"])
+def test_bad_file_is_an_error_that_names_it(tmp_path, monkeypatch, raw, way):
+    path = tmp_path / "the_text.txt"
+    if raw is not None:
+        path.write_bytes(raw)
+    if way == "environment":
+        monkeypatch.setenv("LLADA_DATA", str(path))
+    with pytest.raises(ValueError, match=r"the_text\.txt"):
+        h.load_text(path if way == "path" else None)
+
+
+def test_directory_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="pass"):
+        h.load_text(tmp_path)
+
+
+def test_corpus_name(web, tmp_path, monkeypatch):
+    assert h.corpus_name(TEXT) == "TinyShakespeare"
+    assert "offline" in h.corpus_name(h._offline_corpus())
+    monkeypatch.setenv("LLADA_DATA", str(tmp_path / "moby.txt"))
+    assert h.corpus_name("Call me Ishmael.") == "moby"
+
+
+# --- tokenizer ---
+
+
+def test_ids_are_the_special_tokens_then_sorted_characters():
+    tokenizer = h.CharTokenizer.from_text("banana split")
+    assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.start_id, tokenizer.end_id) == (0, 1, 2, 3)
+    characters = sorted(set("banana split"))
+    assert tokenizer.vocab_size == 4 + len(characters)
+    ids = tokenizer.encode("".join(characters))
+    assert ids.dtype == torch.long and ids.tolist() == list(range(4, 4 + len(characters)))
+
+
+@given(st.text(min_size=1, max_size=40), st.data())
+def test_round_trip(text, data):
+    tokenizer = h.CharTokenizer.from_text(text)
+    other = data.draw(st.text(alphabet=sorted(set(text)), max_size=30))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(other)) == other
+    again = h.CharTokenizer.from_json(tokenizer.to_json())
+    assert again.vocab_size == tokenizer.vocab_size
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_empty_string_encodes_to_an_empty_long_vector():
+    ids = h.CharTokenizer.from_text("ab").encode("")
+    assert ids.dtype == torch.long and ids.shape == (0,)
+
+
+def test_unknown_characters_are_named_never_masked():
+    tokenizer = h.CharTokenizer.from_text("abc")
+    with pytest.raises(ValueError) as error:
+        tokenizer.encode("aéb7c")
+    assert "é" in str(error.value) and "7" in str(error.value)
+    assert "'a'" not in str(error.value), "known characters are not to blame"
+
+
+def test_glyph_of_mask_is_not_encoded_as_mask():
+    tokenizer = h.CharTokenizer.from_text("abc")
+    with pytest.raises(ValueError):
+        tokenizer.encode("a" + tokenizer.decode([1]))
+
+
+def test_decode_special_tokens():
+    tokenizer = h.CharTokenizer.from_text("abc")
+    block = tokenizer.decode([1])
+    assert len(block) == 1 and block not in "abc "
+    assert tokenizer.decode([2, 4, 0, 5, 1, 6]) == f"ab{block}c"
+    assert tokenizer.decode(torch.tensor([4, 5, 3, 6, 3, 6])) == "ab"
+    assert tokenizer.decode([3, 4]) == ""
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"characters": 5}', '{"characters": "aa"}', '{"characters": ""}'])
+def test_bad_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        h.CharTokenizer.from_json(text)
+
+
+def test_tokenizer_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="pass"):
+        h.CharTokenizer.from_text("")
+
+
+# --- windows ---
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.data())
+def test_windows_drop_nothing(n, seq_len, data):
+    stride = data.draw(st.one_of(st.none(), st.integers(1, seq_len)))
+    ids = torch.arange(4, 4 + n)
+    rows = h.windows(ids, seq_len, stride)
+    step = stride or seq_len
+    assert rows.dtype == torch.long and rows.shape[1] == seq_len
+    rebuilt = torch.zeros((len(rows) - 1) * step + seq_len, dtype=torch.long)
+    for i, row in enumerate(rows):
+        expected = ids[i * step : i * step + seq_len]
+        assert row[: len(expected)].tolist() == expected.tolist(), "row i starts at i * stride"
+        assert (row[len(expected) :] == 0).all(), "only padding after the end"
+        rebuilt[i * step : i * step + seq_len] = row
+    assert rebuilt[:n].tolist() == ids.tolist()
+    assert (rows[-1] != 0).any(), "no window of padding alone"
+    assert len(rows) == 1 or (len(rows) - 2) * step + seq_len < n, "no window more than needed"
+
+
+def test_windows_pad_id_and_short_text():
+    assert h.windows(torch.tensor([7, 8]), 4, pad_id=9).tolist() == [[7, 8, 9, 9]]
+    assert h.windows(torch.tensor([7, 8, 9, 10]), 4).tolist() == [[7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("seq_len, stride", [(0, None), (-1, None), (4, 0), (4, -1), (4, 5)])
+def test_windows_that_would_drop_text_are_errors(seq_len, stride):
+    with pytest.raises(ValueError, match="pass"):
+        h.windows(torch.arange(10), seq_len, stride)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 3)])
+def test_windows_want_a_vector(shape):
+    with pytest.raises(ValueError, match="pass"):
+        h.windows(torch.ones(shape, dtype=torch.long), 2)
+
+
+def test_write_atomically_keeps_the_old_file_when_killed_before_the_rename(tmp_path, monkeypatch):
+    path = tmp_path / "sub" / "file.txt"
+    h.write_atomically(path, b"old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(h.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        h.write_atomically(path, b"new and longer")
+    assert path.read_bytes() == b"old"

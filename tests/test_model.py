@@ -1,0 +1,200 @@
+"""Section 3: one Transformer, bidirectional or causal, with padding, cache and (optional) time."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import llada_helpers as h
+
+
+def config_of(**changes):
+    return h.ModelConfig(**{"vocab_size": 11, "seq_len": 12, "n_layer": 2, "n_head": 2, "n_embd": 16, **changes})
+
+
+def model_of(seed=0, **changes):
+    """Every weight random: at initialisation the zero output projections would hide what the attention does."""
+    generator = torch.Generator().manual_seed(seed)
+    model = h.Transformer(config_of(**changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def ids_of(*shape, seed=1):
+    return torch.randint(4, 11, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b):
+    return torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_shape_and_dtype(causal):
+    logits = model_of(causal=causal)(ids_of(3, 7))
+    assert logits.shape == (3, 7, 11) and logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_who_sees_whom(causal):
+    """Change position j: without `causal` every position moves, with it exactly those from j on."""
+    model, ids = model_of(causal=causal), ids_of(1, 8)
+    before = model(ids)
+    for j in range(8):
+        changed = ids.clone()
+        changed[0, j] = 4 + (ids[0, j] - 3) % 7
+        moved = (model(changed) - before).abs().amax(dim=-1)[0] > 1e-5
+        assert moved.tolist() == [not causal or i >= j for i in range(8)]
+
+
+@torch.no_grad()
+def test_order_matters():
+    """Without positions, exchanging two neighbours would leave a third position's logits where they were."""
+    model, ids = model_of(), torch.tensor([[4, 5, 6, 7]])
+    assert not close(model(ids)[0, 3], model(torch.tensor([[5, 4, 6, 7]]))[0, 3])
+
+
+@torch.no_grad()
+def test_only_relative_positions_matter():
+    """Rotary attention: the causal model reads a slice at positions 3.. as it would at positions 0.. ."""
+    model, ids = model_of(causal=True), ids_of(2, 5)
+    cache = h.KVCache(model.config, 2, model.embed.weight)
+    cache.write = lambda layer, start, k, v: (k, v)  # attend to the slice alone
+    assert close(model(ids, cache=cache, start=3), model(ids))
+
+
+@pytest.mark.parametrize("time_conditioning", [False, True])
+def test_causal_changes_no_parameter(time_conditioning):
+    a, b = (h.Transformer(config_of(causal=c, time_conditioning=time_conditioning)) for c in (False, True))
+    assert a.n_parameters == b.n_parameters == sum(p.numel() for p in a.parameters())
+    assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
+
+
+@pytest.mark.parametrize("time_conditioning", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_padding_is_not_attended_to(causal, time_conditioning):
+    """A padded row has the logits of the shorter sequence, also next to a full row, also with masks in it."""
+    model, ids = model_of(causal=causal, time_conditioning=time_conditioning), ids_of(2, 9)
+    ids[:, [1, 4]] = h.MASK_ID
+    padded = ids.clone()
+    padded[1, 6:] = h.PAD_ID
+    logits = model(padded)
+    assert logits.isfinite().all()
+    assert close(logits[0], model(ids)[0])
+    assert close(logits[1, :6], model(ids[1:, :6])[0])
+
+
+@torch.no_grad()
+def test_padding_first_or_alone_gives_no_nan():
+    for causal in (False, True):
+        model = model_of(causal=causal)
+        rows = torch.tensor([[0, 0, 5, 6], [0, 0, 0, 0]])
+        logits = model(rows)
+        assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("pieces", [[1] * 10, [4, 1, 1, 1, 1, 1, 1], [9, 1], [10]])
+@torch.no_grad()
+def test_cache_gives_the_same_logits(pieces):
+    model, ids = model_of(causal=True), ids_of(3, 10)
+    cache, logits, start = h.KVCache(model.config, 3, model.embed.weight), [], 0
+    for size in pieces:
+        logits.append(model(ids[:, start : start + size], cache=cache, start=start))
+        start += size
+    assert close(torch.cat(logits, dim=1), model(ids))
+
+
+@pytest.mark.parametrize("pieces", [[4, 3, 3], [2, 8]])
+@torch.no_grad()
+def test_cache_takes_several_tokens_after_a_prefix(pieces):
+    """A slice of a causal model sees the whole cached prefix and, within itself, only what came before."""
+    test_cache_gives_the_same_logits.__wrapped__(pieces)
+
+
+@torch.no_grad()
+def test_cache_serves_blocks_of_the_bidirectional_model():
+    """Fill the cache with a whole pass, then ask for a slice again: same ids, same logits."""
+    model, ids = model_of(), ids_of(2, 10)
+    cache = h.KVCache(model.config, 2, model.embed.weight)
+    whole = model(ids, cache=cache)
+    assert close(whole, model(ids))
+    assert close(model(ids[:, 3:7], cache=cache, start=3), whole[:, 3:7])
+
+
+def test_time_conditioning_adds_parameters_only_when_on():
+    off, on = h.Transformer(config_of()), h.Transformer(config_of(time_conditioning=True))
+    plain = h.Transformer(h.ModelConfig(11, 12, 2, 2, 16))
+    assert list(off.state_dict()) == list(plain.state_dict())
+    assert set(off.state_dict()) < set(on.state_dict()) and on.n_parameters > off.n_parameters
+
+
+@torch.no_grad()
+def test_masked_fraction_stands_in_for_time():
+    model, ids = model_of(time_conditioning=True), ids_of(3, 8)
+    ids[0, :2] = h.MASK_ID
+    ids[1, :] = h.MASK_ID
+    default = model(ids)
+    assert close(default, model(ids, torch.tensor([0.25, 1.0, 0.0])))
+    assert not close(default[:1], model(ids, torch.tensor([0.5, 1.0, 0.0]))[:1])
+    assert close(default[1:], model(ids, torch.tensor([0.5, 1.0, 0.0]))[1:]), "each row has its own time"
+
+
+@torch.no_grad()
+def test_without_time_conditioning_time_is_ignored():
+    model, ids = model_of(), ids_of(2, 8)
+    assert torch.equal(model(ids), model(ids, torch.tensor([0.1, 0.9])))
+
+
+@pytest.mark.parametrize("shape, start", [((1, 13), 0), ((12,), 0), ((1, 4, 3), 0), ((1, 3), 10)])
+def test_bad_ids(shape, start):
+    model = model_of()
+    cache = h.KVCache(model.config, 1, model.embed.weight) if start else None
+    with pytest.raises(ValueError, match="pass"):
+        model(torch.full(shape, 5), cache=cache, start=start)
+    assert model(torch.full((1, 12), 5)).shape == (1, 12, 11), "the longest that fits is not an error"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: 0} for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd")),
+        {"n_embd": -16},
+        {"n_embd": 18},  # 9 per head: no pairs to rotate
+        {"n_head": 3},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+    ],
+)
+def test_bad_sizes(changes):
+    with pytest.raises(ValueError, match="pass"):
+        config_of(**changes)
+
+
+@pytest.mark.parametrize("causal, time_conditioning", [(False, False), (True, False), (False, True)])
+@torch.no_grad()
+def test_saved_and_loaded_is_the_same(tmp_path, causal, time_conditioning):
+    model = model_of(causal=causal, time_conditioning=time_conditioning)
+    model.save_pretrained(tmp_path / "m")
+    assert {p.name for p in (tmp_path / "m").iterdir()} >= {"config.json", "model.safetensors"}
+    again = h.Transformer.from_pretrained(tmp_path / "m").eval()
+    assert again.config == model.config and dataclasses.is_dataclass(again.config)
+    assert torch.equal(again(ids_of(2, 12)), model(ids_of(2, 12)))
+
+
+def test_first_prediction_is_uniform_and_every_parameter_can_learn():
+    model = h.Transformer(config_of())
+    assert (model(ids_of(2, 5)).softmax(dim=-1) - 1 / 11).abs().max() < 1e-6
+    model = model_of()
+    model(ids_of(2, 5)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_dropout_only_in_training():
+    model = model_of(dropout=0.5)
+    ids = ids_of(2, 6)
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
