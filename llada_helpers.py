@@ -310,7 +310,11 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of every position, [n_layer, B, H, seq_len, D]; a pass over a slice writes at its positions."""
+    """Keys and values of every position, [n_layer, B, H, seq_len, D]; a pass over a slice writes at its positions.
+
+    Such a pass attends over all that was written. Exact for a causal model; for LLaDA, whose keys depend on later characters
+    too, an approximation. Cached passes do not look for [PAD].
+    """
 
     def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
         shape = (config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
@@ -411,6 +415,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
             if self.config.causal:
                 visible = visible.tril()
             visible = visible | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # a [PAD] row sees itself: no NaN
+        elif cache is not None and self.config.causal and start > 0:
+            visible = torch.ones(ids.shape[1], start + ids.shape[1], dtype=torch.bool, device=ids.device).tril(start)
         time = None
         if self.config.time_conditioning:
             t = (ids == MASK_ID).float().mean(dim=1) if t is None else t
@@ -1358,7 +1364,7 @@ PRESETS = {
         step_counts=(4, 16, 64),
     ),
     "cpu": Preset(
-        "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=23), TrainConfig(900, 32, evals=18),
+        "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2250, 32, evals=25), TrainConfig(900, 32, evals=18),
         ablation=TrainConfig(200, 16, evals=2), ablation_seeds=2, nelbo_samples=8, texts=64,
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
     ),

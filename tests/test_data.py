@@ -30,8 +30,8 @@ def web(monkeypatch, tmp_path):
     monkeypatch.setattr(h, "CORPUS_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
 
     class Web:
-        calls = []
-        answer = Response(TEXT.encode())
+        def __init__(self):
+            self.calls, self.answer = [], Response(TEXT.encode())
 
         def get(self, url, **kwargs):
             self.calls.append((url, kwargs))
@@ -40,7 +40,6 @@ def web(monkeypatch, tmp_path):
             return self.answer
 
     fake = Web()
-    fake.calls = []
     monkeypatch.setattr(h.requests, "get", fake.get)
     return fake
 

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from oracle import END, MASK, PAD, START, ExactAR, ExactPredictor, WrongPredictor, enumerated_bernoulli_loss, enumerated_nelbo, within
+from oracle import (
+    END,
+    MASK,
+    PAD,
+    START,
+    ExactAR,
+    ExactPredictor,
+    WrongPredictor,
+    enumerated_bernoulli_loss,
+    enumerated_nelbo,
+    within,
+)
 
 import llada_helpers as h
 
