@@ -58,11 +58,12 @@ def test_order_matters():
 
 @torch.no_grad()
 def test_only_relative_positions_matter():
-    """Rotary attention: the causal model reads a slice at positions 3.. as it would at positions 0.. ."""
-    model, ids = model_of(causal=True), ids_of(2, 5)
-    cache = h.KVCache(model.config, 2, model.embed.weight)
-    cache.write = lambda layer, start, k, v: (k, v)  # attend to the slice alone
-    assert close(model(ids, cache=cache, start=3), model(ids))
+    """Rotary attention: the same logits when the positions count from 3."""
+    model, shifted, ids = model_of(), model_of(), ids_of(2, 5)
+    shifted.cos, shifted.sin = model.cos[3:], model.sin[3:]
+    assert close(shifted(ids), model(ids))
+    shifted.cos, shifted.sin = model.cos[::2], model.sin[::2]
+    assert not close(shifted(ids), model(ids)), "at twice the distances the logits do move"
 
 
 @pytest.mark.parametrize("time_conditioning", [False, True])
@@ -106,6 +107,17 @@ def test_cache_gives_the_same_logits(pieces):
         logits.append(model(ids[:, start : start + size], cache=cache, start=start))
         start += size
     assert close(torch.cat(logits, dim=1), model(ids))
+
+
+@torch.no_grad()
+def test_cached_padding_is_not_attended_to():
+    """[PAD] stays unseen when it was cached earlier, in the prompt of a batch or as a produced token."""
+    model, ids = model_of(causal=True), ids_of(2, 8)
+    ids[1, 2:4] = h.PAD_ID
+    cache = h.KVCache(model.config, 2, model.embed.weight)
+    logits = torch.cat([model(ids[:, :5], cache=cache), *(model(ids[:, i : i + 1], cache=cache, start=i) for i in (5, 6, 7))], 1)
+    real = ids != h.PAD_ID
+    assert close(logits[real], model(ids)[real])
 
 
 @torch.no_grad()

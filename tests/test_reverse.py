@@ -523,12 +523,12 @@ def test_cached_equals_uncached(prompt_length, length):
         passes.append(ids.shape[1])
         return model(ids)
 
-    cached = h.generate_ar(model, prompt, length, start_id=START, temperature=0.0)
-    plain = h.generate_ar(uncached, prompt, length, start_id=START, temperature=0.0)
+    options = {"start_id": START, "forbidden": (0, 1, 2, 3)}
+    cached, plain = (h.generate_ar(m, prompt, length, temperature=0.0, **options) for m in (model, uncached))
     assert torch.equal(cached.ids, plain.ids) and torch.equal(cached.ids[:, :prompt_length], prompt)
     assert cached.nfe == plain.nfe == len(passes) == length
     assert passes == list(range(prompt_length + 1, prompt_length + length + 1))
-    sampled = [h.generate_ar(m, prompt, length, start_id=START, generator=seeded(5)).ids for m in (model, uncached)]
+    sampled = [h.generate_ar(m, prompt, length, generator=seeded(5), **options).ids for m in (model, uncached)]
     assert torch.equal(*sampled)
 
 
@@ -544,15 +544,8 @@ def test_ar_forbidden_tokens_are_not_produced():
     prompt = torch.full((200, 1), 4)
     forbidden = (0, 1, 2, 3, 4, 9)
     for temperature in (0.0, 1.0):
-        generation = h.generate_ar(
-            WrongPredictor(VOCABULARY),
-            prompt,
-            5,
-            start_id=START,
-            temperature=temperature,
-            forbidden=forbidden,
-            generator=seeded(0),
-        )
+        options = {"temperature": temperature, "forbidden": forbidden, "generator": seeded(0)}
+        generation = h.generate_ar(WrongPredictor(VOCABULARY), prompt, 5, start_id=START, **options)
         assert not set(generation.ids[:, 1:].flatten().tolist()) & set(forbidden)
         assert (generation.ids[:, 0] == 4).all(), "a given token may be a forbidden one"
 
