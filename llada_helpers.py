@@ -119,7 +119,7 @@ def load_text(path: str | os.PathLike | None = None) -> str:
         return _read_text(cached)
     except OSError as error:  # requests' exceptions are OSErrors
         warnings.warn(
-            f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({type(error).__name__}). Using Python's own help texts instead, so "
+            f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Using Python's own help texts instead, so "
             f"the numbers will not be comparable. To use TinyShakespeare, save {CORPUS_URL} as {cached}, or set "
             "LLADA_DATA to any UTF-8 text file.",
             stacklevel=2,
@@ -269,7 +269,7 @@ def stratified_times(batch_size: int, generator: torch.Generator | None = None) 
     Every t_b is uniform, so the loss stays unbiased, with less noise than independent draws (Kingma et al. 2021).
     """
     shift = torch.rand(1, generator=generator, device=generator.device if generator is not None else None)
-    return 1 - (torch.arange(batch_size, device=shift.device) + shift) / batch_size
+    return (torch.arange(batch_size, 0, -1, device=shift.device) - shift) / batch_size  # float32 rounding never makes it 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,19 +313,26 @@ class KVCache:
     """Keys and values of every position, [n_layer, B, H, seq_len, D]; a pass over a slice writes at its positions.
 
     Such a pass attends over all that was written. Exact for a causal model; for LLaDA, whose keys depend on later characters
-    too, an approximation. Cached passes do not look for [PAD].
+    too, an approximation.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
         shape = (config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.padded = torch.zeros(batch_size, config.seq_len, dtype=torch.bool, device=like.device)
         self.length = 0
 
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        stop = start + k.shape[2]
+    def mark(self, start: int, padded: Tensor) -> Tensor:
+        """Note which positions of a slice are [PAD]; BoolTensor[B, length], true where nothing may attend to."""
+        stop = start + padded.shape[1]
         self.length = max(self.length, stop)
-        self.keys[layer, :, :, start:stop] = k
-        self.values[layer, :, :, start:stop] = v
+        self.padded[:, start:stop] = padded
+        return self.padded[:, : self.length]
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a slice's keys and values [B, H, l, D]; returns those of all positions so far."""
+        self.keys[layer, :, :, start : start + k.shape[2]] = k
+        self.values[layer, :, :, start : start + k.shape[2]] = v
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
 
 
@@ -408,21 +415,21 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
     def forward(self, ids: Tensor, t: Tensor | None = None, cache: KVCache | None = None, start: int = 0) -> Tensor:
         if ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len:
             raise ValueError(f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
+        L, causal = ids.shape[1], self.config.causal
         padded = ids == PAD_ID
-        visible = None
-        if cache is None and bool(padded.any()):
-            visible = ~padded[:, None, None, :].expand(-1, -1, ids.shape[1], -1)  # [B, 1, query, key]
-            if self.config.causal:
-                visible = visible.tril()
-            visible = visible | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # a [PAD] row sees itself: no NaN
-        elif cache is not None and self.config.causal and start > 0:
-            visible = torch.ones(ids.shape[1], start + ids.shape[1], dtype=torch.bool, device=ids.device).tril(start)
+        hidden = padded if cache is None else cache.mark(start, padded)  # [B, keys]
+        visible = None  # no mask is the fast path; only padding and slices in the middle of a causal sequence need one
+        if bool(hidden.any()) or (causal and start > 0 and not L == hidden.shape[1] - start == 1):
+            query = torch.arange(start, start + L, device=ids.device)[:, None]
+            key = torch.arange(hidden.shape[1], device=ids.device)
+            allowed = ~hidden[:, None, None, :] & (key <= query if causal else key >= 0)
+            visible = allowed | (key == query)  # [B, 1, query, key]; a [PAD] sees itself, else its softmax would be NaN
         time = None
         if self.config.time_conditioning:
-            t = (ids == MASK_ID).float().mean(dim=1) if t is None else t
+            t = (ids == MASK_ID).sum(dim=1) / (~padded).sum(dim=1).clamp(min=1) if t is None else t
             time = self.time_mlp(self._sinusoids(t))
         x = _rms_norm(self.embed(ids))
-        rotary = self.cos[start : start + ids.shape[1]], self.sin[start : start + ids.shape[1]]
+        rotary = self.cos[start : start + L], self.sin[start : start + L]
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, visible, time, cache, layer, start)
         return self.head(_rms_norm(x)).float()
@@ -616,11 +623,11 @@ def validation_loss(model: Transformer, sequences: Tensor, seed: int = 0) -> flo
 
 def fingerprint(model_config: ModelConfig, config: TrainConfig, train_ids: Tensor, val_ids: Tensor, make_batch) -> str:
     """Twelve hex digits that change with the configuration, the data or the code of the training path."""
-    code = [forward_process, stratified_times, Block, Transformer, weighted_nll, make_batch, orthogonalize, Muon, make_optimizers]
-    code += [training_batch, learning_rate_factor, optimizer_step, validation_loss]
+    code = [forward_process, stratified_times, _rms_norm, _rotate, Block, Transformer, weighted_nll, make_batch]
+    code += [orthogonalize, Muon, make_optimizers, training_batch, learning_rate_factor, optimizer_step, validation_loss]
     digest = hashlib.sha256(json.dumps([asdict(model_config), asdict(config), ROTARY_BASE, ATTENTION_SCALE]).encode())
     for ids in (train_ids, val_ids):
-        digest.update(ids.numpy().tobytes())
+        digest.update(f"{len(ids)} ids".encode() + ids.numpy().tobytes())
     for thing in code:
         digest.update(inspect.getsource(thing).encode())
     return digest.hexdigest()[:12]
@@ -744,12 +751,15 @@ def train(
 
     for directory in (run_dir, best_dir):
         directory.mkdir(parents=True, exist_ok=True)
+    if fresh:  # an interrupted retraining must not be taken for the complete run that it replaces
+        final_path.unlink(missing_ok=True)
+        last_path.unlink(missing_ok=True)
     torch.manual_seed(config.seed)
     model = Transformer(model_config).to(accelerator.device)
     optimizers = make_optimizers(model, config)
     base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
     progress = {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf}
-    if last_path.exists() and not fresh:
+    if last_path.exists():
         progress = _load_state(last_path, model, optimizers)
     step, rows = progress["step"], progress["rows"]
     network, *optimizers = accelerator.prepare(model, *optimizers)
@@ -768,7 +778,7 @@ def train(
     eval_steps = {round(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
     writer = SummaryWriter(run_dir, purge_step=step) if main else None
     bar = tqdm(
-        total=config.steps, initial=step, desc=name, file=sys.stdout, mininterval=5, delay=5, ncols=100, disable=not main
+        total=config.steps, initial=step, desc=name, file=sys.stdout, mininterval=10, delay=5, ncols=100, disable=not main
     )
     losses, started = [], time.perf_counter()
     try:
@@ -807,7 +817,9 @@ def train(
                 _save_state(last_path, model, optimizers, progress | {"step": step})
                 write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
             losses, started = [], time.perf_counter()
+        complete = True
     except KeyboardInterrupt:
+        complete = False
         print(f"\n{name}: interrupted at step {step}; running the same again goes on from {last_path}")
     finally:
         bar.close()
@@ -816,7 +828,8 @@ def train(
     summary = {"best": progress["best"], "steps": step, "seconds": round(progress["seconds"], 1), "fingerprint": mark}
     summary |= {"parameters": model.n_parameters, "tokens": step * config.batch_size * model_config.seq_len}
     accelerator.wait_for_everyone()
-    if main and step == config.steps:
+    if main and complete:
+        write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
         write_atomically(final_path, json.dumps(summary, indent=1).encode())
     best = load_model(best_dir).to(accelerator.device) if (best_dir / "model.safetensors").exists() else twin
     return Run(best, pd.DataFrame(rows), summary, run_dir)
@@ -869,8 +882,10 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else an exact draw from the nucleus.
 
     The draw inverts the cumulative distribution in float64: float32 Gumbel noise would lower the temperature (Zheng et
-    al. 2024, arXiv:2409.02908).
+    al. 2024, arXiv:2409.02908). ValueError where every token has the logit -inf.
     """
+    if bool(logits.amax(dim=-1).isneginf().any()):
+        raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.double()
@@ -885,16 +900,16 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     return torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)[:, 0]
 
 
-def _guided(model: MaskPredictor, ids: Tensor, hidden: Tensor, mask_id: int, cfg_scale: float) -> Tensor:
+def _guided(model: MaskPredictor, ids: Tensor, hidden: Tensor, mask_id: int, cfg_scale: float, **cached) -> Tensor:
     """Logits, with classifier-free guidance (Eq. 16) against the same sequences with `hidden` positions masked."""
     if cfg_scale == 0:
-        return model(ids)
-    conditional, unconditional = model(torch.cat((ids, ids.masked_fill(hidden, mask_id)))).chunk(2)
+        return model(ids, **cached)
+    conditional, unconditional = model(torch.cat((ids, ids.masked_fill(hidden, mask_id))), **cached).chunk(2)
     guided = unconditional + (cfg_scale + 1) * (conditional - unconditional)
     return guided.masked_fill(conditional.isneginf(), -math.inf)
 
 
-REMASKING = ("low_confidence", "random", "ancestral", "entropy")
+REMASKING = ("low_confidence", "random", "ancestral", "entropy", "margin")
 
 
 @_inference
@@ -909,6 +924,8 @@ def reverse_process(
     remasking: str = "low_confidence",
     block_length: int | None = None,
     threshold: float | None = None,
+    entropy_bound: float | None = None,
+    cache: bool = False,
     cfg_scale: float = 0.0,
     forbidden: tuple[int, ...] = (),
     generator: torch.Generator | None = None,
@@ -920,6 +937,7 @@ def reverse_process(
     - "low_confidence": those whose chosen token has the largest probability (Alg. 5);
     - "random": uniformly chosen ones (Alg. 4 with fixed counts);
     - "entropy": those whose predicted distribution has the lowest entropy;
+    - "margin": those with the largest gap between the two best probabilities;
     - "ancestral": each remaining mask with probability (t - s) / t, the literal reverse process (Eq. 10).
 
     Args:
@@ -929,6 +947,10 @@ def reverse_process(
         block_length: fill the masks in consecutive groups of this many, left to right (semi-autoregressive).
         threshold: instead of a fixed count reveal every token whose probability exceeds it, at least one per row and pass
             (Fast-dLLM, Wu et al. 2025); `steps` then does not bind and `order` counts passes.
+        entropy_bound: likewise, with remasking="entropy": reveal the longest lowest-entropy-first run whose summed entropy, less
+            its largest term, is at most this many nats (EB-Sampler, Ben-Hamu et al. 2025).
+        cache: only for our Transformer. Each block starts with a full pass; its further passes compute the block alone, with
+            the keys and values of all else from that first pass (dual cache of Fast-dLLM): faster, and an approximation.
         cfg_scale: strength w of Eq. 16; the unconditional pass masks everything that was given.
         forbidden: token ids never to produce; [MASK] never is.
 
@@ -946,6 +968,13 @@ def reverse_process(
     longest = getattr(getattr(model, "config", None), "seq_len", None)
     if longest is not None and template.shape[1] > longest:
         raise ValueError(f"the template has {template.shape[1]} tokens, the model's seq_len is {longest}; pass a shorter one")
+    adaptive = threshold is not None or entropy_bound is not None
+    if threshold is not None and entropy_bound is not None:
+        raise ValueError("threshold and entropy_bound both decide how many to reveal: pass one of them")
+    if entropy_bound is not None and (remasking != "entropy" or entropy_bound < 0):
+        raise ValueError(f"entropy_bound={entropy_bound}, remasking={remasking!r}: pass a bound >= 0 with remasking='entropy'")
+    if cache and not isinstance(model, Transformer):
+        raise ValueError("cache=True needs the keys and values of our own Transformer: pass one, or cache=False")
     masked = template == mask_id
     n_masks = masked.sum(dim=1)
     if not bool(n_masks.any()):
@@ -954,7 +983,7 @@ def reverse_process(
     if block_length < 1 or (bool((n_masks % block_length).any()) and block_length != int(n_masks.max())):
         raise ValueError(f"block_length={block_length}: pass a positive divisor of the number of masks {n_masks.tolist()}")
     n_blocks = -(-int(n_masks.max()) // block_length)
-    if steps % n_blocks and threshold is None:
+    if steps % n_blocks and not adaptive:
         raise ValueError(f"steps={steps}: pass a multiple of the number of blocks, {n_blocks}")
     steps_per_block = max(1, steps // n_blocks)
 
@@ -965,39 +994,74 @@ def reverse_process(
     for block in range(n_blocks):
         in_block = block_of == block
         n = in_block.sum(dim=1)
+        columns = in_block.any(dim=0).nonzero()[:, 0]
+        span = slice(0, ids.shape[1])  # what the next pass computes
+        kept = KVCache(model.config, len(ids) * (2 if cfg_scale else 1), model.embed.weight) if cache else None
         i = 0
         while bool((candidates := in_block & (order < 0)).any()):
             left = candidates.sum(dim=1)
-            if threshold is not None:
-                reveal, count = candidates, left.clamp(max=1)
-            elif remasking == "ancestral":
+            reveal, count = candidates, left
+            if not adaptive and remasking == "ancestral":
                 reveal = candidates & (_uniform(ids.shape, ids, generator, torch.float64) * (steps_per_block - i) < 1)
                 count = reveal.sum(dim=1)
-            else:
-                reveal, count = candidates, (n * (i + 1)).div(steps_per_block, rounding_mode="floor") - (n - left)
+            elif not adaptive:
+                count = (n * (i + 1)).div(steps_per_block, rounding_mode="floor") - (n - left)
             i += 1
             if not bool(count.any()):
                 continue
-            logits = _guided(model, ids, given, mask_id, cfg_scale)[reveal]  # [M, V]
+            cached = {"cache": kept, "start": span.start} if cache else {}
+            logits = _guided(model, ids[:, span], given[:, span], mask_id, cfg_scale, **cached)[reveal[:, span]]  # [M, V]
             nfe += 1
-            allowed = logits.index_fill(-1, banned, -math.inf)
-            if bool((allowed.amax(dim=-1) == -math.inf).any()):
-                raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
-            tokens = sample_tokens(allowed, temperature, top_p, generator)
-            confidence = logits.double().softmax(dim=-1)
-            chosen = confidence.gather(-1, tokens[:, None])[:, 0]
-            if remasking == "entropy":
-                score = torch.special.entr(confidence).sum(dim=-1).neg()
-            else:
-                score = _uniform(chosen.shape, chosen, generator, chosen.dtype) if remasking == "random" else chosen
-            ranked = torch.full(ids.shape, -math.inf, dtype=torch.float64, device=ids.device).masked_scatter(reveal, score)
-            top = ranked.topk(int(count.max()), dim=1).indices
-            first = torch.zeros_like(reveal).scatter(1, top, torch.arange(top.shape[1], device=ids.device) < count[:, None])
+            if cache:
+                span = slice(int(columns[0]), int(columns[-1]) + 1)
+            tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
+            probs = logits.double().softmax(dim=-1)
+            chosen = probs.gather(-1, tokens[:, None])[:, 0]
+            score = chosen
+            if remasking == "random":
+                score = _uniform(chosen.shape, chosen, generator, chosen.dtype)
+            elif remasking == "entropy":
+                score = torch.special.entr(probs).sum(dim=-1).neg()
+            elif remasking == "margin":
+                score = probs.topk(2, dim=-1).values.diff(dim=-1).neg()[:, 0]
+            scores = torch.full(ids.shape, -math.inf, dtype=torch.float64, device=ids.device).masked_scatter(reveal, score)
+            ranked = scores.topk(int(count.max()), dim=1)
+            if threshold is not None:
+                count = count.clamp(max=1)
+            elif entropy_bound is not None:  # entropies ascend, so a run's largest term is its last
+                count = (ranked.values.neg().cumsum(dim=1) + ranked.values <= entropy_bound).sum(dim=1)
+            first = torch.arange(ranked.indices.shape[1], device=ids.device) < count[:, None]
+            first = torch.zeros_like(reveal).scatter(1, ranked.indices, first)
             if threshold is not None:
                 first = first.masked_scatter(reveal, first[reveal] | (chosen > threshold))
             ids = torch.where(first, ids.masked_scatter(reveal, tokens), ids)
-            order[first] = block * steps_per_block + i - 1 if threshold is None else nfe - 1
+            order[first] = nfe - 1 if adaptive else block * steps_per_block + i - 1
     return Generation(ids, order, nfe)
+
+
+BLANK = re.compile(r"\[(_+)\]")
+
+
+def infill(model: MaskPredictor, tokenizer: "CharTokenizer", texts: list[str], **options) -> list[str]:
+    """Fill the blanks of texts such as "To [__] or not": a blank has as many characters as underscores.
+
+    Texts of different lengths are padded into one batch; `options` are those of `reverse_process`, `steps` among them.
+
+    Raises:
+        ValueError: a text without a blank, or what `reverse_process` raises.
+    """
+    rows = []
+    for text in texts:
+        pieces = BLANK.split(text)  # text, underscores, text, underscores, ..., text
+        if len(pieces) < 3:
+            raise ValueError(f"{text!r} has no blank: mark one with [___], an underscore for each character")
+        marks = [torch.full((len(p),), MASK_ID) if i % 2 else tokenizer.encode(p) for i, p in enumerate(pieces)]
+        rows.append(torch.cat(marks))
+    template = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+    forbidden = (PAD_ID, START_ID, END_ID)
+    (template,) = _on_device(model, template)
+    made = reverse_process(model, template, mask_id=MASK_ID, forbidden=forbidden, **options)
+    return [tokenizer.decode(row) for row in made.ids]
 
 
 @_inference
@@ -1030,8 +1094,8 @@ def generate_ar(
     ids = F.pad(prompt, (1, 0), value=start_id)
     for _ in range(length):
         new = {"cache": cache, "start": cache.length} if cache else {}  # with a cache only what it has not seen: first the prompt
-        logits = model(ids[:, new.get("start", 0) :], **new)[:, -1].index_fill(-1, banned, -math.inf)
-        tokens = sample_tokens(logits, temperature, top_p, generator)
+        logits = model(ids[:, new.get("start", 0) :], **new)[:, -1]
+        tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
         ids = torch.cat((ids, tokens[:, None]), dim=1)
     order = torch.arange(-prompt.shape[1], length, device=ids.device).clamp(min=-1).expand(len(ids), -1)
     return Generation(ids[:, 1:], order.contiguous(), length)
@@ -1123,22 +1187,21 @@ def any_order_nll(
     maskable: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """FloatTensor[n_orders, B], nats: -log p of each sequence when its tokens are revealed one by one in a random order (Eq. 15).
+    """-log p of each sequence when its tokens are revealed one by one in a random order (Eq. 15); FloatTensor[n_orders, B], nats.
 
-    The mean over orders is the NELBO. The sampler that reveals uniformly one token at a time has p(x) = E_order exp(-nll), so that
-    -log mean exp(-nll) over K orders is a tighter bound, exact as K grows. One forward pass per token and order.
+    The mean over orders is the NELBO. The sampler that reveals uniformly one token at a time has p(x) = E_order exp(-nll), so
+    that -log mean exp(-nll) over K orders is a tighter bound, exact as K grows. One forward pass per token and order.
     """
     if n_orders < 1:
         raise ValueError(f"n_orders={n_orders}: pass at least 1")
     maskable = _check_maskable(sequences, maskable)
     sequences, maskable = _on_device(model, sequences, maskable)
-    B, L = sequences.shape
     rows, free = (x.repeat(n_orders, 1) for x in (sequences, maskable))
     rank = _uniform(rows.shape, rows, generator).masked_fill(~free, 2.0).argsort(dim=1).argsort(dim=1)
     total = torch.zeros(len(rows), device=rows.device, dtype=torch.float64)
     for step in range(int(free.sum(dim=1).max())):
         total += _nll(model, rows.masked_fill(free & (rank >= step), mask_id), rows, free & (rank == step)).sum(dim=1)
-    return total.view(n_orders, B).float()
+    return total.view(n_orders, len(sequences)).float()
 
 
 def log_likelihood(
@@ -1398,8 +1461,8 @@ PRESETS = {
         step_counts=(4, 16, 64),
     ),
     "cpu": Preset(
-        "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2100, 32, evals=30), TrainConfig(900, 32, evals=18),
-        ablation=TrainConfig(150, 16, evals=1), ablation_seeds=2, nelbo_samples=8, texts=64,
+        "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2000, 32, evals=25), TrainConfig(800, 32, evals=20),
+        ablation=TrainConfig(120, 16, evals=1), ablation_seeds=2, nelbo_samples=8, texts=64,
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
     ),
     "gpu": Preset(
@@ -1419,14 +1482,14 @@ def choose_preset() -> Preset:
     return PRESETS[name]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """`python llada_helpers.py train --preset cpu --model llada`: train outside the notebook, which then loads the run."""
     parser = argparse.ArgumentParser(description="Train the models of the notebook from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="train one model of a preset, or go on with it")
     command.add_argument("--preset", choices=PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
     command.add_argument("--model", choices=("llada", "ar"), required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     preset = PRESETS[arguments.preset] if arguments.preset else choose_preset()
     text = load_text()
     tokenizer = CharTokenizer.from_text(text)

@@ -1,5 +1,6 @@
 """Section 7: the bound and the exact likelihood against enumeration."""
 
+import itertools
 import math
 
 import pytest
@@ -68,7 +69,7 @@ def test_unequal_numbers_of_tokens():
     for i in range(3):
         assert within(runs[:, i], enumerated_nelbo(WRONG, rows[i], rows[i] != PAD))
     assert (runs[:, 3] == 0).all()
-    assert all(((ids == PAD) == (rows == PAD)).all() for ids in seen)
+    assert all(((ids.view(-1, 4, 3) == PAD) == (rows == PAD)).all() for ids in seen)
     assert float(runs[:, 2].std()) < 1e-6, "one token: nothing is left to chance"
 
 
@@ -97,7 +98,7 @@ def test_number_masked_is_uniform_and_exact():
     for s in range(40):
         seen.clear()
         h.nelbo(predict, sequence[None], MASK, n_samples=4, generator=seeded(s))
-        assert sorted(int(m.sum()) for m in seen) == [1, 2, 3, 4]
+        assert sorted(torch.cat(seen).sum(dim=1).tolist()) == [1, 2, 3, 4]
     seen.clear()
     estimates(predict, sequence, 1200)
     sets = torch.cat(seen)
@@ -131,11 +132,23 @@ def test_stratified_samples_have_less_noise_than_independent_ones():
     assert abs(float(stratified.mean() - independent.mean())) < 4 * math.sqrt(float(stratified.var() + independent.var()) / 300)
 
 
-def test_bound_is_nonnegative_and_reproducible():
+def test_shape_and_reproducibility():
     rows = EXACT.sequences
     a, b, c = (h.nelbo(WRONG, rows, MASK, n_samples=2, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    assert a.shape == (len(rows),) and a.dtype == torch.float32 and bool((a >= 0).all())
+    assert a.shape == (len(rows),) and a.dtype == torch.float32
+
+
+def test_what_the_model_holds_impossible_costs_infinity_not_nan():
+    """Only for the rows that contain it."""
+
+    def predict(ids):
+        logits = WRONG(ids).clone()
+        logits[..., 6] = -math.inf
+        return logits
+
+    values = h.nelbo(predict, torch.tensor([[4, 5, 6], [4, 5, 4]]), MASK, n_samples=6, generator=seeded(0))
+    assert values[0] == math.inf and values[1].isfinite()
 
 
 def test_passes_of_a_few_rows_give_the_same_numbers(monkeypatch):
@@ -169,6 +182,43 @@ def test_nelbo_errors(options):
     options = {"sequences": torch.tensor([[4, 5, 6]]), **options}
     with pytest.raises(ValueError, match="pass"):
         h.nelbo(WRONG, options.pop("sequences"), MASK, **options)
+
+
+# --- one token at a time, in random orders ---
+
+
+def test_every_order_of_the_exact_predictor_gives_log_p():
+    values = h.any_order_nll(EXACT, EXACT.sequences, MASK, n_orders=8, generator=seeded(0))
+    assert values.shape == (8, len(EXACT.sequences))
+    assert torch.allclose(values.double(), -EXACT.logp.expand(8, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("maskable", [[True, True, True], [False, True, True], [True, False, False]])
+def test_mean_over_orders_is_the_bound(maskable):
+    """Eq. 15, for a wrong predictor: the chain and the masks have one expectation; each order's value is one of n! chains."""
+    sequence, maskable = EXACT.sequences[22], torch.tensor(maskable)
+    values = h.any_order_nll(WRONG, sequence[None], MASK, n_orders=3000, maskable=maskable[None], generator=seeded(1))[:, 0]
+    assert within(values, enumerated_nelbo(WRONG, sequence, maskable))
+    chains = []
+    for order in itertools.permutations(maskable.nonzero()[:, 0].tolist()):
+        row, chain = sequence.masked_fill(maskable, MASK), 0.0
+        for i in order:
+            chain -= float(WRONG(row[None])[0, i].log_softmax(-1)[sequence[i]])
+            row[i] = sequence[i]
+        chains.append(chain)
+    assert sorted({round(float(v), 3) for v in values}) == pytest.approx(sorted({round(c, 3) for c in chains}), abs=2e-3)
+
+
+def test_rows_with_fewer_tokens_stop_early():
+    rows = torch.tensor([[4, 5, 6], [6, PAD, PAD], [PAD, PAD, PAD]])
+    values = h.any_order_nll(WRONG, rows, MASK, n_orders=4, maskable=rows != PAD, generator=seeded(2))
+    one = -float(WRONG(torch.tensor([[MASK, PAD, PAD]]))[0, 0].log_softmax(-1)[6])
+    assert values[:, 1].tolist() == pytest.approx([one] * 4, abs=1e-5) and (values[:, 2] == 0).all()
+
+
+def test_any_order_needs_an_order():
+    with pytest.raises(ValueError, match="pass"):
+        h.any_order_nll(WRONG, EXACT.sequences, MASK, n_orders=0)
 
 
 # --- exact, left to right ---
@@ -241,7 +291,7 @@ def test_guided_log_likelihood_is_the_enumerated_one(cfg_scale):
         return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
     expected = -enumerated_nelbo(guided, torch.cat((prompt, response)), torch.tensor([False, True, True]))
-    options = {"n_samples": 4, "cfg_scale": cfg_scale}
+    options = {"n_samples": 100, "cfg_scale": cfg_scale}  # enough to tell it from hiding the response as well
     values = [h.log_likelihood(WRONG, prompt, response, MASK, generator=seeded(s), **options) for s in range(400)]
     assert within(values, expected)
     assert not within(values, -enumerated_nelbo(WRONG, torch.cat((prompt, response)), torch.tensor([False, True, True])))
@@ -278,6 +328,13 @@ def test_choose_takes_options_of_different_lengths():
     base, short, long = (float(LONG.log_prob(p)) for p in prefix)
     assert scores[0] == pytest.approx(short - base, abs=1e-4)
     assert scores[1] == pytest.approx(long - base, abs=0.15)
+
+
+def test_options_of_one_length_share_their_masks():
+    """Common random numbers: what differs between the scores is the options, not the draw; ties go to the first."""
+    option = torch.tensor([5, 6])
+    index, scores = h.choose(WRONG, torch.tensor([4]), [option, option.clone()], MASK, n_samples=3, generator=seeded(0))
+    assert scores[0] == scores[1] and index == 0
 
 
 def test_choose_spreads_its_samples_over_l():

@@ -209,6 +209,30 @@ def test_killed_just_before_a_file_appears(reference, tmp_path, monkeypatch, fil
     assert again.metrics.step.tolist() == run.metrics.step.tolist()
 
 
+def test_killed_while_the_checkpoint_is_being_written(reference, tmp_path, monkeypatch):
+    """Half a file under its final name would be refused by the next call; the last whole checkpoint must survive."""
+    run, root = reference
+    seen = []
+
+    class Killed(BaseException):
+        pass
+
+    save_file = h.save_file
+
+    def half(tensors, path, metadata=None):
+        save_file(tensors, path, metadata=metadata)
+        seen.append(path)
+        if len(seen) == 3:
+            Path(path).write_bytes(Path(path).read_bytes()[:500])
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "save_file", half)
+        with pytest.raises(Killed):
+            train(tmp_path)
+    same_result(run, root, train(tmp_path), tmp_path)
+
+
 def test_interrupted_retraining_is_not_taken_for_complete(reference, tmp_path, interrupt_at, monkeypatch):
     """LLADA_RETRAIN=1, interrupted after a checkpoint: the old final.json must not vouch for the new half-trained weights."""
     run, root = reference

@@ -1,0 +1,149 @@
+"""Sections 8 to 10: metrics, tables, pictures, presets, and what README promises."""
+
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llada_helpers as h
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = h.CharTokenizer.from_text("ab<&>\n $\"'")
+
+
+def test_per_character_is_a_ratio_with_the_right_spread():
+    """Windows of unequal length: the mean is over characters, and the interval covers the truth 95 times in 100."""
+    assert h.per_character(torch.tensor([2.0, 8.0]), torch.tensor([1, 4]))[0] == 2.0
+    assert h.per_character(torch.tensor([2.0, 8.0, 6.0]), torch.tensor([1, 4, 3]))[1] == pytest.approx(0, abs=1e-12)
+    generator, covered = torch.Generator().manual_seed(0), 0
+    for _ in range(400):
+        counts = torch.randint(1, 5, (80,), generator=generator)
+        nats = counts * 1.5 + torch.randn(80, generator=generator)
+        mean, half = h.per_character(nats, counts)
+        covered += abs(mean - 1.5) <= half
+    assert 360 <= covered <= 396
+
+
+@given(st.text("ab", max_size=12), st.text("ab", max_size=30))
+def test_longest_copy_is_the_longest_common_substring(text, corpus):
+    pieces = {text[i:j] for i in range(len(text)) for j in range(i, len(text) + 1)}
+    assert h.longest_copy(text, corpus) == max((len(p) for p in pieces if p in corpus), default=0)
+
+
+def test_text_metrics_by_hand():
+    got = h.text_metrics(["cut the cat sat off"], "the cat sat on the mat", {"the", "cat", "sat"})
+    assert got["known words"] == 1.0, "the outer words may be cut and are not judged"
+    assert h.text_metrics(["x the zzz y"], "the", {"the"})["known words"] == 0.5
+    assert h.text_metrics(["aaaaaa"], "b", set())["distinct-3"] == 1 / 4
+    assert h.text_metrics(["aaaa"], "b", set())["char entropy"] == 0
+    assert h.text_metrics(["abab"], "b", set())["char entropy"] == pytest.approx(math.log(2))
+    assert h.text_metrics([""], "b", set()) == {"known words": 0, "distinct-3": 0, "char entropy": 0, "longest copy": 0}
+
+
+def test_grouped_gives_students_interval():
+    got = h.grouped([{"x": float(v)} for v in (1, 2, 3, 4, 5, 6, 7, 8)])
+    assert got["x"] == 4.5
+    assert got["x ±"] == pytest.approx(2.3646 * math.sqrt(6 / 8), rel=1e-3)
+
+
+def test_tables_are_written_rounded_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(h, "FIGURES", tmp_path)
+    shown = h.save_table(pd.DataFrame({"row": ["a"], "x": [1 / 3]}), "t")
+    assert (tmp_path / "tables" / "t.csv").read_bytes() == b"row,x\na,0.3333\n"
+    assert shown["x"][0] == 0.3333
+    assert [p.name for p in (tmp_path / "tables").iterdir()] == ["t.csv"]
+
+
+GENERATION = h.Generation(torch.tensor([[4, 5, 6, 7, 8]]), torch.tensor([[-1, 1, 0, 2, 1]]), nfe=3)
+
+
+def test_frames_escape_the_text_and_tell_the_state():
+    letters = TOKENIZER.decode(GENERATION.ids[0])
+    assert {"<", "&"} & set(letters) or {">", '"'} & set(letters), "the test needs characters that HTML would take for its own"
+    last = h.frame_html(GENERATION, TOKENIZER, 2)
+    body = last.split("<br>", 1)[1]
+    assert re.sub(r"<span style=\"[^\"]*\">|</span>|</div>", "", body) == h.html.escape(letters)
+    assert h.frame_html(GENERATION, TOKENIZER, -1).count(h.MASK_GLYPH) == 4
+    assert "2 of 5 characters masked" not in last and "0 of 5 characters masked" in last
+    assert h.frame_html(GENERATION, TOKENIZER, 0).count("underline") == 1, "one character was just committed"
+
+
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a&b", "$x$ \\frac"])
+def test_no_text_becomes_markup(text):
+    tokenizer = h.CharTokenizer.from_text(text)
+    ids = tokenizer.encode(text)[None]
+    made = h.Generation(ids, torch.zeros_like(ids), 1)
+    assert "<script" not in h.frame_html(made, tokenizer, 0)
+    assert h.filmstrip(made, tokenizer, frames=2) is not None
+
+
+def test_viewer_is_linked_in_the_browser():
+    """One frame per step and one before the first; slider and play drive the stack without a kernel."""
+    box = h.denoising_viewer(GENERATION, TOKENIZER)
+    (play, slider), stack = box.children[0].children, box.children[1]
+    assert len(stack.children) == 4 and slider.max == play.max == 3 and stack.selected_index == 0
+    links = {(w.source[0], w.source[1], w.target[0], w.target[1]) for w in links_of(box)}
+    assert (play, "value", slider, "value") in links and (slider, "value", stack, "selected_index") in links
+
+
+def links_of(box):
+    from ipywidgets import Widget
+    from ipywidgets.widgets.widget_link import Link
+
+    widgets = Widget._instances if hasattr(Widget, "_instances") else Widget.widgets
+    if not isinstance(widgets, dict):
+        from ipywidgets.widgets import widget
+
+        widgets = widget._instances
+    return [w for w in widgets.values() if isinstance(w, Link)]
+
+
+def test_filmstrip_draws_each_character_once_per_strip(tmp_path):
+    figure = h.filmstrip(GENERATION, TOKENIZER, frames=4)
+    figure.savefig(tmp_path / "strip.png")
+    glyphs = [t.get_text() for t in figure.axes[0].texts]
+    assert len([g for g in glyphs if g.startswith("step ")]) == 4
+    assert len(glyphs) == 4 + 4 * GENERATION.ids.shape[1]
+
+
+def test_presets(monkeypatch):
+    monkeypatch.setenv("LLADA_PRESET", "smoke")
+    assert h.choose_preset().name == "smoke"
+    monkeypatch.setenv("LLADA_PRESET", "huge")
+    with pytest.raises(ValueError, match="smoke, cpu, gpu"):
+        h.choose_preset()
+    monkeypatch.delenv("LLADA_PRESET")
+    assert h.choose_preset().name == ("gpu" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_presets_have_one_to_ten_million_parameters(name):
+    """The exercise's range, with "about 10M" read generously, for both models alike."""
+    sizes = {h.Transformer(h.PRESETS[name].model(69, causal)).n_parameters for causal in (False, True)}
+    assert len(sizes) == 1 and 1e6 <= sizes.pop() <= 11e6
+
+
+@pytest.mark.parametrize("preset", h.PRESETS.values(), ids=lambda p: p.name)
+def test_preset_sizes_fit_together(preset):
+    assert preset.texts % h.GROUPS == 0 and preset.texts >= (64 if preset.name != "smoke" else 1)
+    assert max(preset.step_counts) <= preset.seq_len and preset.seq_len % 16 == 0
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_command_line_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        h.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("--preset", "--model", "llada", "smoke"))
