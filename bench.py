@@ -1,14 +1,17 @@
 """Speed and memory, measured side by side in one run: `python bench.py`, or `--quick` for a minute's look.
 
 Prints one table and writes it as JSON. Ratios compare rows of one run on one machine; absolute numbers do not travel. Each
-figure is the median of several rounds. The models are untrained, so that the fixed decoders can be timed anywhere; how many
-passes the adaptive ones need depends on a trained model: if the preset's LLaDA has been trained, it is used for them.
+figure is the median of several rounds. If the preset's models have been trained, they are used, and AR judges what each decoder
+writes (nats per character, read in windows of its own length); else untrained ones are, and adaptive decoders mean little. At
+twice the trained length the same weights are used (rotary positions have no table), which is worse text but a fair comparison.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +20,8 @@ from tqdm import tqdm
 
 import llada_helpers as h
 
-PROMPT = 16
+PROMPT = 32
+SPECIAL = (h.PAD_ID, h.START_ID, h.END_ID)
 
 
 def reset_peak() -> None:
@@ -75,53 +79,75 @@ def training_rows(preset: h.Preset, vocab_size: int, device, rounds: int) -> lis
     return rows
 
 
-def trained(preset: h.Preset) -> h.Transformer | None:
-    found = sorted(Path("checkpoints").glob(f"{preset.name}-llada-*/best/model.safetensors"), key=lambda p: p.stat().st_mtime)
-    return h.load_model(found[-1].parent) if found else None
+def load(preset: h.Preset, vocab_size: int, causal: bool, length: int, device) -> tuple[h.Transformer, bool]:
+    """A model for sequences of `length`, and whether it is the preset's latest trained one."""
+    config = replace(preset.model(vocab_size, causal, dropout=0.0), seq_len=length)
+    model = h.Transformer(config).to(device).eval()
+    files = Path("checkpoints").glob(f"{preset.name}-{'ar' if causal else 'llada'}-*/best/model.safetensors")
+    for file in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True):
+        best = h.load_model(file.parent)
+        if best.config.vocab_size == vocab_size:
+            model.load_state_dict(best.state_dict())
+            return model, True
+    return model, False
 
 
-def decoding_rows(preset: h.Preset, vocab_size: int, device, rounds: int, length: int, batches: list[int]) -> list[dict]:
-    """AR with and without cache, and LLaDA with each decoder, at one length."""
-    shapes = {"n_layer": preset.n_layer, "n_head": preset.n_head, "n_embd": preset.n_embd}
-    llada = h.Transformer(h.ModelConfig(vocab_size, length, **shapes)).to(device).eval()
-    ar = h.Transformer(h.ModelConfig(vocab_size, length, causal=True, **shapes)).to(device).eval()
-    free = length - PROMPT
-    blocks = next(b for b in (32, 16, 8, 4, 2, 1) if free % b == 0)
-    fixed = {
+def decoders(llada: h.Transformer, ar: h.Transformer, free: int) -> dict:
+    """Name -> function of a prompt [B, P]."""
+    block = next(b for b in (32, 16, 8, 4, 2, 1) if free % b == 0)
+    settings = {
         "LLaDA low_confidence, one token a pass": {"steps": free},
         "LLaDA random, one token a pass": {"steps": free, "remasking": "random"},
         "LLaDA entropy, one token a pass": {"steps": free, "remasking": "entropy"},
-        "LLaDA low_confidence, four tokens a pass": {"steps": free // 4},
-        f"LLaDA blocks of {blocks}": {"steps": free, "block_length": blocks},
-        f"LLaDA blocks of {blocks}, cached": {"steps": free, "block_length": blocks, "cache": True},
+        "LLaDA margin, one token a pass": {"steps": free, "remasking": "margin"},
+        "LLaDA entropy, four tokens a pass": {"steps": free // 4, "remasking": "entropy"},
+        "LLaDA threshold 0.9": {"steps": free, "threshold": 0.9},
+        "LLaDA entropy bound 0.5": {"steps": free, "remasking": "entropy", "entropy_bound": 0.5},
+        "LLaDA entropy bound 2": {"steps": free, "remasking": "entropy", "entropy_bound": 2.0},
+        f"LLaDA entropy, blocks of {block}": {"steps": free, "remasking": "entropy", "block_length": block},
+        f"LLaDA entropy, blocks of {block}, cached": {
+            "steps": free,
+            "remasking": "entropy",
+            "block_length": block,
+            "cache": True,
+        },
     }
-    adaptive = {
-        "LLaDA threshold 0.9, trained": {"steps": free, "threshold": 0.9},
-        "LLaDA entropy bound 0.5, trained": {"steps": free, "remasking": "entropy", "entropy_bound": 0.5},
-    }
-    decoders = {"AR, cached": lambda p: h.generate_ar(ar, p, free, start_id=h.START_ID)}
-    decoders["AR, no cache"] = lambda p: h.generate_ar(lambda ids: ar(ids), p, free, start_id=h.START_ID)
 
-    def llada_decoder(model, options):
-        def decode(prompt):
-            template = torch.nn.functional.pad(prompt, (0, free), value=h.MASK_ID)
-            return h.reverse_process(model, template, mask_id=h.MASK_ID, temperature=1.0, **options)
+    def write(prompt, options):
+        template = torch.nn.functional.pad(prompt, (0, free), value=h.MASK_ID)
+        generator = torch.Generator().manual_seed(0)
+        options = {"temperature": 1.0, "mask_id": h.MASK_ID, "forbidden": SPECIAL, "generator": generator} | options
+        return h.reverse_process(llada, template, **options)
 
-        return decode
+    def continue_(model, prompt):
+        generator = torch.Generator().manual_seed(0)
+        return h.generate_ar(model, prompt, free, start_id=h.START_ID, forbidden=(h.MASK_ID, *SPECIAL), generator=generator)
 
-    decoders |= {name: llada_decoder(llada, options) for name, options in fixed.items()}
-    best = trained(preset)
-    if best is not None and best.config.seq_len == length and best.config.vocab_size == vocab_size:
-        decoders |= {name: llada_decoder(best.to(device), options) for name, options in adaptive.items()}
-    rows = []
+    named = {"AR, cached": lambda prompt: continue_(ar, prompt)}
+    named["AR, no cache"] = lambda prompt: continue_(lambda ids: ar(ids), prompt)
+    return named | {name: functools.partial(write, options=options) for name, options in settings.items()}
+
+
+def decoding_rows(preset: h.Preset, tokenizer, text, device, rounds: int, length: int, batches: list[int]) -> list[dict]:
+    """AR with and without cache, and LLaDA with each decoder, continuing prompts from the validation text."""
+    free, rows = length - PROMPT, []
+    llada, llada_trained = load(preset, tokenizer.vocab_size, False, length, device)
+    ar, ar_trained = load(preset, tokenizer.vocab_size, True, length, device)
+    _, val_ids = h.split(tokenizer.encode(text))
+    prompts = h.windows(val_ids, PROMPT, pad_id=h.MASK_ID)[:-1]
     for batch in batches:
-        prompt = torch.randint(4, vocab_size, (batch, PROMPT), device=device)
-        for name, decode in tqdm(decoders.items(), desc=f"length {length}, batch {batch}"):
+        prompt = prompts[torch.linspace(0, len(prompts) - 1, batch).long()].to(device)
+        for name, decode in tqdm(decoders(llada, ar, free).items(), desc=f"length {length}, batch {batch}"):
             reset_peak()
-            passes = []
-            took = seconds(lambda: passes.append(decode(prompt).nfe), rounds)  # noqa: B023
-            rows.append({"row": f"{name}, length {length}", "batch": batch, "passes": statistics.median(passes)})
-            rows[-1] |= {"tokens/s": batch * free / took, "peak MiB": peak_mib()}
+            made = []
+            took = seconds(lambda: made.append(decode(prompt)), rounds)  # noqa: B023
+            passes = (made[0].order.max(dim=1).values + 1).float().mean().item()
+            row = {"row": f"{name}, length {length}", "batch": batch, "passes": passes, "tokens/s": batch * free / took}
+            if llada_trained and ar_trained:
+                pieces = made[0].ids[:, PROMPT:].unfold(1, min(free, preset.seq_len), preset.seq_len // 2).flatten(0, 1)
+                nats = h.ar_nll(ar, pieces, h.START_ID) / pieces.shape[1]
+                row |= {"judge": nats.mean().item(), "judge ±": 1.96 * nats.std().item() / max(1, batch) ** 0.5}
+            rows.append(row | {"peak MiB": peak_mib()})
     return rows
 
 
@@ -133,17 +159,18 @@ def main() -> None:
     arguments = parser.parse_args()
     preset = h.PRESETS[arguments.preset] if arguments.preset else h.choose_preset()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vocab_size = h.CharTokenizer.from_text(h.load_text()).vocab_size
+    text = h.load_text()
+    tokenizer = h.CharTokenizer.from_text(text)
     rounds, batches = (1, [1, 8]) if arguments.quick else (3, [1, 32])
     peak = matmul_peak(device)
-    rows = training_rows(preset, vocab_size, device, 3 if arguments.quick else 10)
+    rows = training_rows(preset, tokenizer.vocab_size, device, 3 if arguments.quick else 10)
     for row in rows:
         row["of peak"] = row["of peak"] / peak
     for length in (preset.seq_len,) if arguments.quick else (preset.seq_len, 2 * preset.seq_len):
-        rows += decoding_rows(preset, vocab_size, device, rounds, length, batches)
+        rows += decoding_rows(preset, tokenizer, text, device, rounds, length, batches)
     table = pd.DataFrame(rows)
     training = table["row"].str.startswith("training")
-    reference = table["row"].str.replace(r"^.*, length", "LLaDA low_confidence, one token a pass, length", regex=True)
+    reference = table["row"].str.replace(r"^.*, length", "LLaDA entropy, one token a pass, length", regex=True)
     reference = reference.where(~training, "training step, eager")
     speeds = table.set_index(["row", "batch"])["tokens/s"]
     table["ratio"] = [s / speeds[r, b] for s, r, b in zip(table["tokens/s"], reference, table["batch"])]

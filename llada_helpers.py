@@ -842,15 +842,16 @@ def train(
 
 @dataclass
 class Generation:
-    """What a sampler made. Every intermediate state follows from `ids` and `order`: see `state_after`."""
+    """What a sampler made. Every intermediate state follows from `ids` and `order` (see `state_after`), or is in `states`."""
 
     ids: Tensor  # LongTensor[B, L], the finished sequences
     order: Tensor  # LongTensor[B, L], the step (from 0) that committed a position for good; -1 where it was given
     nfe: int  # forward passes used (a guided pass counts once)
+    states: list[Tensor] | None = None  # with revisions: the template and the sequences after each step
 
     def state_after(self, step: int, mask_id: int = MASK_ID) -> Tensor:
         """LongTensor[B, L]: the sequences after `step`; step -1 is the template."""
-        return self.ids.masked_fill(self.order > step, mask_id)
+        return self.ids.masked_fill(self.order > step, mask_id) if self.states is None else self.states[step + 1]
 
 
 def _inference(function):
@@ -900,11 +901,17 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     return torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)[:, 0]
 
 
-def _guided(model: MaskPredictor, ids: Tensor, hidden: Tensor, mask_id: int, cfg_scale: float, **cached) -> Tensor:
-    """Logits, with classifier-free guidance (Eq. 16) against the same sequences with `hidden` positions masked."""
+def _guided(
+    model: MaskPredictor, ids: Tensor, wanted: Tensor, hidden: Tensor, mask_id: int, cfg_scale: float, **cached
+) -> Tensor:
+    """Logits [M, V] at the M `wanted` positions [B, L], with classifier-free guidance (Eq. 16).
+
+    The unconditional half of the pass sees the same sequences with the positions in `hidden` [B, L] masked.
+    """
     if cfg_scale == 0:
-        return model(ids, **cached)
-    conditional, unconditional = model(torch.cat((ids, ids.masked_fill(hidden, mask_id))), **cached).chunk(2)
+        return model(ids, **cached)[wanted]
+    both = model(torch.cat((ids, ids.masked_fill(hidden, mask_id))), **cached).chunk(2)
+    conditional, unconditional = (logits[wanted] for logits in both)
     guided = unconditional + (cfg_scale + 1) * (conditional - unconditional)
     return guided.masked_fill(conditional.isneginf(), -math.inf)
 
@@ -928,6 +935,8 @@ def reverse_process(
     cache: bool = False,
     cfg_scale: float = 0.0,
     forbidden: tuple[int, ...] = (),
+    late: tuple[int, ...] = (),
+    revisions: int = 0,
     generator: torch.Generator | None = None,
 ) -> Generation:
     """Fill every [MASK] of the template, some positions per step, from t = 1 to t = 0.
@@ -953,6 +962,11 @@ def reverse_process(
             the keys and values of all else from that first pass (dual cache of Fast-dLLM): faster, and an approximation.
         cfg_scale: strength w of Eq. 16; the unconditional pass masks everything that was given.
         forbidden: token ids never to produce; [MASK] never is.
+        late: token ids whose confidence counts as nothing, so that they are committed last: [END] would otherwise be locked in
+            early and cut the text short (LLaDA, appendix B.4).
+        revisions: so many further passes, each of which takes back the tokens that were committed with the lowest
+            probability, as many as a step reveals, and decides them anew with all others in sight (in the spirit of ReMDM,
+            Wang et al. 2025). `order` then tells the last commit.
 
     Raises:
         ValueError: an argument out of range, blocks that do not divide the masks or the steps, nothing to fill, or a
@@ -961,8 +975,8 @@ def reverse_process(
     _check_sampling(temperature, top_p)
     if template.ndim != 2:
         raise ValueError(f"template has shape {tuple(template.shape)}; pass ids of shape [B, L]")
-    if steps < 1:
-        raise ValueError(f"steps={steps}: pass at least 1")
+    if steps < 1 or revisions < 0:
+        raise ValueError(f"steps={steps}, revisions={revisions}: pass at least 1 step and 0 revisions")
     if remasking not in REMASKING:
         raise ValueError(f"remasking={remasking!r}: pass one of {', '.join(REMASKING)}")
     longest = getattr(getattr(model, "config", None), "seq_len", None)
@@ -989,13 +1003,23 @@ def reverse_process(
 
     ids, given, nfe = template.clone(), ~masked, 0
     order = torch.full_like(ids, -1)
+    certainty = torch.full(ids.shape, math.inf, dtype=torch.float64, device=ids.device)  # of what was committed
     block_of = torch.where(masked, (masked.cumsum(dim=1) - 1) // block_length, -1)
     banned = torch.tensor(sorted({mask_id, *forbidden}), device=ids.device)
+    postponed = torch.tensor(sorted(late), device=ids.device)
+
+    def predict(reveal: Tensor, span: slice = slice(None), **cached) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward pass: a token [M] for each position in `reveal`, its probability [M], all probabilities [M, V]."""
+        logits = _guided(model, ids[:, span], reveal[:, span], given[:, span], mask_id, cfg_scale, **cached)
+        tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
+        probs = logits.double().softmax(dim=-1)
+        return tokens, probs.gather(-1, tokens[:, None])[:, 0].masked_fill(torch.isin(tokens, postponed), 0.0), probs
+
     for block in range(n_blocks):
         in_block = block_of == block
         n = in_block.sum(dim=1)
         columns = in_block.any(dim=0).nonzero()[:, 0]
-        span = slice(0, ids.shape[1])  # what the next pass computes
+        span, cached = slice(0, ids.shape[1]), {}
         kept = KVCache(model.config, len(ids) * (2 if cfg_scale else 1), model.embed.weight) if cache else None
         i = 0
         while bool((candidates := in_block & (order < 0)).any()):
@@ -1009,34 +1033,50 @@ def reverse_process(
             i += 1
             if not bool(count.any()):
                 continue
-            cached = {"cache": kept, "start": span.start} if cache else {}
-            logits = _guided(model, ids[:, span], given[:, span], mask_id, cfg_scale, **cached)[reveal[:, span]]  # [M, V]
+            if cache:
+                cached = {"cache": kept, "start": span.start}
+            tokens, chosen, probs = predict(reveal, span, **cached)
             nfe += 1
             if cache:
                 span = slice(int(columns[0]), int(columns[-1]) + 1)
-            tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
-            probs = logits.double().softmax(dim=-1)
-            chosen = probs.gather(-1, tokens[:, None])[:, 0]
-            score = chosen
             if remasking == "random":
                 score = _uniform(chosen.shape, chosen, generator, chosen.dtype)
             elif remasking == "entropy":
                 score = torch.special.entr(probs).sum(dim=-1).neg()
             elif remasking == "margin":
                 score = probs.topk(2, dim=-1).values.diff(dim=-1).neg()[:, 0]
+            else:
+                score = chosen
+            if late:
+                score = score.masked_fill(torch.isin(tokens, postponed), torch.finfo(score.dtype).min)
             scores = torch.full(ids.shape, -math.inf, dtype=torch.float64, device=ids.device).masked_scatter(reveal, score)
             ranked = scores.topk(int(count.max()), dim=1)
             if threshold is not None:
                 count = count.clamp(max=1)
             elif entropy_bound is not None:  # entropies ascend, so a run's largest term is its last
-                count = (ranked.values.neg().cumsum(dim=1) + ranked.values <= entropy_bound).sum(dim=1)
+                run = (ranked.values.neg().cumsum(dim=1) + ranked.values <= entropy_bound).sum(dim=1)
+                count = run.clamp(min=1).minimum(left)
             first = torch.arange(ranked.indices.shape[1], device=ids.device) < count[:, None]
             first = torch.zeros_like(reveal).scatter(1, ranked.indices, first)
             if threshold is not None:
                 first = first.masked_scatter(reveal, first[reveal] | (chosen > threshold))
             ids = torch.where(first, ids.masked_scatter(reveal, tokens), ids)
+            certainty = torch.where(first, certainty.masked_scatter(reveal, chosen), certainty)
             order[first] = nfe - 1 if adaptive else block * steps_per_block + i - 1
-    return Generation(ids, order, nfe)
+    if not revisions:
+        return Generation(ids, order, nfe)
+    last = nfe if adaptive else n_blocks * steps_per_block
+    before = Generation(ids, order.clone(), nfe)
+    states = [before.state_after(step, mask_id) for step in range(-1, last)]
+    for revision in range(revisions):
+        worst = certainty.topk(-(-int(n_masks.max()) // steps), dim=1, largest=False).indices
+        reveal = torch.zeros_like(masked).scatter(1, worst, True) & masked
+        ids = ids.masked_fill(reveal, mask_id)
+        tokens, chosen, _ = predict(reveal)
+        ids, certainty = ids.masked_scatter(reveal, tokens), certainty.masked_scatter(reveal, chosen)
+        order[reveal] = last + revision
+        states.append(ids)
+    return Generation(ids, order, nfe + revisions, states)
 
 
 BLANK = re.compile(r"\[(_+)\]")
@@ -1110,13 +1150,12 @@ _TOKENS_PER_PASS = 2**14
 
 def _nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor, hidden=None, mask_id=0, cfg_scale=0.0) -> Tensor:
     """FloatTensor[R, L], -log p(target) at counted positions, 0 elsewhere; a bounded number of rows per forward pass."""
-    rows = max(1, _TOKENS_PER_PASS // inputs.shape[1])
     result = torch.zeros(inputs.shape, device=inputs.device)
-    for i in range(0, len(inputs), rows):
-        part = slice(i, i + rows)
-        logits = _guided(model, inputs[part], None if hidden is None else hidden[part], mask_id, cfg_scale)
-        losses = F.cross_entropy(logits[counted[part]].float(), targets[part][counted[part]], reduction="none")
-        result[part] = result[part].masked_scatter(counted[part], losses)
+    hidden = counted if hidden is None else hidden
+    size = max(1, _TOKENS_PER_PASS // inputs.shape[1])
+    for part, ids, truth, wanted, unseen in zip(*(x.split(size) for x in (result, inputs, targets, counted, hidden))):
+        logits = _guided(model, ids, wanted, unseen, mask_id, cfg_scale)
+        part[wanted] = F.cross_entropy(logits.float(), truth[wanted], reduction="none")
     return result
 
 
@@ -1445,6 +1484,8 @@ class Preset:
     ablation_seeds: int
     nelbo_samples: int  # masks per validation window in the final evaluation
     texts: int  # generated texts per decoder, a multiple of GROUPS
+    blanks: int  # windows with a blank to fill
+    candidates: int  # AR's guesses per blank, for rescoring
     step_counts: tuple[int, ...] = field(default=())
     compiled: bool = False
 
@@ -1457,18 +1498,21 @@ PRESETS = {
     "smoke": Preset(
         "smoke", 64, 2, 2, 32, 0.0,
         TrainConfig(200, 16, evals=5, eval_windows=32), TrainConfig(200, 16, evals=5, eval_windows=32),
-        ablation=TrainConfig(20, 16, evals=1, eval_windows=32), ablation_seeds=2, nelbo_samples=1, texts=16,
+        ablation=TrainConfig(20, 16, evals=1, eval_windows=32), ablation_seeds=2,
+        nelbo_samples=1, texts=16, blanks=16, candidates=2,
         step_counts=(4, 16, 64),
     ),
     "cpu": Preset(
         "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2000, 32, evals=25), TrainConfig(800, 32, evals=20),
-        ablation=TrainConfig(120, 16, evals=1), ablation_seeds=2, nelbo_samples=8, texts=64,
+        ablation=TrainConfig(100, 16, evals=1), ablation_seeds=2,
+        nelbo_samples=8, texts=64, blanks=500, candidates=4,
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
     ),
     "gpu": Preset(
         "gpu", 256, 6, 6, 384, 0.1,
         TrainConfig(6000, 64, evals=30, adamw_lr=2e-3), TrainConfig(2500, 64, evals=25, adamw_lr=2e-3),
-        ablation=TrainConfig(500, 64, evals=2), ablation_seeds=2, nelbo_samples=16, texts=128,
+        ablation=TrainConfig(500, 64, evals=1), ablation_seeds=2,
+        nelbo_samples=16, texts=128, blanks=1000, candidates=8,
         step_counts=(4, 8, 16, 32, 64, 128, 256), compiled=False,
     ),
 }  # fmt: skip

@@ -156,3 +156,71 @@ def test_infill_keeps_the_text_and_fills_each_blank_to_its_width():
 def test_infill_needs_a_blank():
     with pytest.raises(ValueError, match="no blank"):
         h.infill(EXACT, TOKENIZER, ["ab"], steps=1)
+
+
+class EndsEarly:
+    """Everywhere the likeliest token is [END], by far, and the next is token 5."""
+
+    def __call__(self, ids):
+        logits = torch.zeros(*ids.shape, 9)
+        logits[..., h.END_ID], logits[..., 5] = 8.0, 4.0
+        logits[:, 0, 5] = 8.5  # but for the first position, where 5 is a little likelier
+        return logits
+
+
+def test_late_tokens_are_committed_last():
+    """Without `late`, [END] is locked in before the less certain first token; with it, only after."""
+    template = torch.full((1, 4), MASK)
+    options = {"mask_id": MASK, "steps": 4}
+    plain = h.reverse_process(EndsEarly(), template, **options)
+    late = h.reverse_process(EndsEarly(), template, late=(h.END_ID,), **options)
+    assert plain.ids.tolist() == late.ids.tolist() == [[5, 3, 3, 3]]
+    assert int(plain.order[0, 0]) == 3 and int(late.order[0, 0]) == 0
+    hasty = h.reverse_process(EndsEarly(), template, late=(h.END_ID,), threshold=0.5, **options)
+    assert hasty.nfe == 4, "a late token never passes the threshold, it comes one at a time"
+
+
+@pytest.mark.parametrize("revisions", [1, 3])
+@pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy"])
+def test_revisions_redo_and_record(revisions, remasking):
+    predict = WrongPredictor(vocab_size=9, longest=8, seed=3)
+    template = torch.randint(4, 9, (3, 8), generator=seeded(0))
+    template[:, 2:] = MASK
+    options = {"mask_id": MASK, "steps": 3, "remasking": remasking, "temperature": 1.0, "forbidden": (0, 2, 3)}
+    plain = h.reverse_process(predict, template, generator=seeded(1), **options)
+    made = h.reverse_process(predict, template, generator=seeded(1), revisions=revisions, **options)
+    assert made.nfe == plain.nfe + revisions
+    assert torch.equal(made.ids[:, :2], template[:, :2]) and (made.ids >= 4).all()
+    assert torch.equal(made.order == -1, template != MASK)
+    assert len(made.states) == 1 + 3 + revisions
+    assert torch.equal(made.state_after(-1), template) and torch.equal(made.state_after(3 + revisions - 1), made.ids)
+    for step in range(-1, 3):
+        assert torch.equal(made.state_after(step), plain.state_after(step)), "revision comes after the schedule"
+    for step in range(3, 3 + revisions):
+        changed = made.state_after(step) != made.state_after(step - 1)
+        assert int(changed.sum(dim=1).max()) <= 2, "as many as a step reveals"
+        assert (made.order[changed] >= step).all()
+    assert ((made.order == 3 + revisions - 1).sum(dim=1) == 2).all(), "the last pass redid two of each row"
+
+
+def test_revision_takes_back_the_least_certain():
+    """A predictor that is sure of everything but one position: that one is redone, now with its neighbours in sight."""
+
+    def predict(ids):
+        logits = torch.zeros(*ids.shape, 9)
+        logits[..., 4] = 5.0
+        complete = (ids != MASK).sum(dim=1) == ids.shape[1] - 1
+        logits[:, 2] = torch.tensor([0, 0, 0, 0, 0.5, 0, 0, 0, 0.0])
+        logits[complete, 2, 7] = 9.0
+        return logits
+
+    options = {"mask_id": MASK, "steps": 6, "threshold": 0.0}  # everything in one pass, one token per revision
+    made = h.reverse_process(predict, torch.full((1, 6), MASK), **options)
+    assert made.ids.tolist() == [[4] * 6] and made.nfe == 1
+    redone = h.reverse_process(predict, torch.full((1, 6), MASK), revisions=1, **options)
+    assert redone.ids.tolist() == [[4, 4, 7, 4, 4, 4]] and redone.order.tolist() == [[0, 0, 1, 0, 0, 0]]
+
+
+def test_negative_revisions_are_refused():
+    with pytest.raises(ValueError, match="revisions"):
+        h.reverse_process(EXACT, torch.full((1, 3), MASK), mask_id=MASK, steps=3, revisions=-1)
