@@ -14,6 +14,7 @@ of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 """
 
 import argparse
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -1306,17 +1307,28 @@ GROUPS = 8  # samples are scored in this many groups, whose spread gives the int
 T_QUANTILE = 2.365  # Student's t, 97.5%, GROUPS - 1 degrees of freedom
 
 
-def longest_copy(text: str, corpus: str) -> int:
-    """Length of the longest run of `text` that stands verbatim in `corpus`."""
+COPY_LIMIT = 64
+
+
+def copy_index(corpus: str) -> list[str]:
+    """The sorted beginnings, COPY_LIMIT characters each, of everything in `corpus`: what `longest_copy` looks up."""
+    return sorted(corpus[i : i + COPY_LIMIT] for i in range(len(corpus)))
+
+
+def longest_copy(text: str, index: list[str]) -> int:
+    """Length of the longest run of `text` that stands verbatim in the corpus of `index`, at most COPY_LIMIT."""
     best = 0
     for i in range(len(text)):
-        while i + best < len(text) and text[i : i + best + 1] in corpus:
-            best += 1
+        piece = text[i : i + COPY_LIMIT]
+        place = bisect.bisect_left(index, piece)
+        for near in index[max(0, place - 1) : place + 1]:  # the longest match is a neighbour in sorted order
+            while best < len(piece) and near.startswith(piece[: best + 1]):
+                best += 1
     return best
 
 
-def text_metrics(texts: list[str], corpus: str, words: set[str]) -> dict[str, float]:
-    """Coherence and diversity of one group of generated texts; `words` is the lower-case vocabulary of `corpus`."""
+def text_metrics(texts: list[str], index: list[str], words: set[str]) -> dict[str, float]:
+    """Coherence and diversity of one group of texts; the training text gives `index` (`copy_index`) and lower-case `words`."""
     inner = [w.lower() for text in texts for w in WORD.findall(text)[1:-1]]  # the outer words may be cut by the window
     trigrams = [text[i : i + 3] for text in texts for i in range(len(text) - 2)]
     counts = np.array(list(Counter("".join(texts)).values()))
@@ -1325,7 +1337,7 @@ def text_metrics(texts: list[str], corpus: str, words: set[str]) -> dict[str, fl
         "known words": sum(w in words for w in inner) / max(1, len(inner)),
         "distinct-3": len(set(trigrams)) / max(1, len(trigrams)),
         "char entropy": float(-(shares * np.log(shares)).sum()),
-        "longest copy": float(np.mean([longest_copy(text, corpus) for text in texts])),
+        "longest copy": float(np.mean([longest_copy(text, index) for text in texts])),
     }
 
 

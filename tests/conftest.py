@@ -1,5 +1,6 @@
 """Shared by all tests: the helper on the path, one hypothesis profile, a clean environment."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
-settings.load_profile("repeatable")
+settings.register_profile("thorough", deadline=None, max_examples=10_000, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)

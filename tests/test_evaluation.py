@@ -32,17 +32,26 @@ def test_per_character_is_a_ratio_with_the_right_spread():
 @given(st.text("ab", max_size=12), st.text("ab", max_size=30))
 def test_longest_copy_is_the_longest_common_substring(text, corpus):
     pieces = {text[i:j] for i in range(len(text)) for j in range(i, len(text) + 1)}
-    assert h.longest_copy(text, corpus) == max((len(p) for p in pieces if p in corpus), default=0)
+    assert h.longest_copy(text, h.copy_index(corpus)) == max((len(p) for p in pieces if p in corpus), default=0)
+
+
+def test_longest_copy_stops_at_its_limit():
+    long = "".join(chr(97 + i % 26) for i in range(100))
+    assert h.longest_copy(long, h.copy_index("x" + long)) == h.COPY_LIMIT
 
 
 def test_text_metrics_by_hand():
-    got = h.text_metrics(["cut the cat sat off"], "the cat sat on the mat", {"the", "cat", "sat"})
+    def metrics(texts, corpus, words):
+        return h.text_metrics(texts, h.copy_index(corpus), words)
+
+    got = metrics(["cut the cat sat off"], "the cat sat on the mat", {"the", "cat", "sat"})
     assert got["known words"] == 1.0, "the outer words may be cut and are not judged"
-    assert h.text_metrics(["x the zzz y"], "the", {"the"})["known words"] == 0.5
-    assert h.text_metrics(["aaaaaa"], "b", set())["distinct-3"] == 1 / 4
-    assert h.text_metrics(["aaaa"], "b", set())["char entropy"] == 0
-    assert h.text_metrics(["abab"], "b", set())["char entropy"] == pytest.approx(math.log(2))
-    assert h.text_metrics([""], "b", set()) == {"known words": 0, "distinct-3": 0, "char entropy": 0, "longest copy": 0}
+    assert got["longest copy"] == len("the cat sat o")
+    assert metrics(["x the zzz y"], "the", {"the"})["known words"] == 0.5
+    assert metrics(["aaaaaa"], "b", set())["distinct-3"] == 1 / 4
+    assert metrics(["aaaa"], "b", set())["char entropy"] == 0
+    assert metrics(["abab"], "b", set())["char entropy"] == pytest.approx(math.log(2))
+    assert metrics([""], "b", set()) == {"known words": 0, "distinct-3": 0, "char entropy": 0, "longest copy": 0}
 
 
 def test_grouped_gives_students_interval():
