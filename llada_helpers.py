@@ -748,6 +748,7 @@ def train(
     fresh = os.environ.get("LLADA_RETRAIN") == "1"
     if not fresh and final_path.exists() and (best_dir / "model.safetensors").exists():
         summary = json.loads(final_path.read_text())
+        print(f"{name}: complete since before, loaded from {run_dir}")
         return Run(load_model(best_dir).to(accelerator.device), pd.read_csv(run_dir / "metrics.csv"), summary, run_dir)
 
     for directory in (run_dir, best_dir):
