@@ -599,15 +599,27 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def optimizer_step(accelerator: Accelerator, network: nn.Module, optimizers: list, batch, config: TrainConfig):
-    """Gradient of this process's share of the global batch, clipped; returns the detached loss and gradient norm."""
+    """Gradient of this process's share of the global batch, clipped, and one step; returns the detached loss and the norm.
+
+    The optimizers share one loss scale (fp16), so it is updated once, after both have stepped.
+    """
     share = config.batch_size // accelerator.num_processes
     mine = [x[accelerator.process_index * share :][:share].to(accelerator.device) for x in batch]
     loss = weighted_nll(network, *mine)
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
+    scaler = accelerator.scaler
+    if scaler:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
     for optimizer in optimizers:
-        optimizer.step()
+        if scaler:
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
         optimizer.zero_grad()
+    if scaler:
+        scaler.update()
     return accelerator.reduce(loss.detach(), "mean"), norm
 
 
@@ -691,13 +703,14 @@ def describe_machine() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
     cpus = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x] if cpuinfo.exists() else []
     cpu = f"{cpus[0] if cpus else platform.processor()}, {torch.get_num_threads()} threads"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    ask = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(ask, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": git.stdout.strip() or "none",
+        "commit": commit.strip() or "none",
     }
 
 
@@ -764,7 +777,9 @@ def train(
     if last_path.exists():
         progress = _load_state(last_path, model, optimizers)
     step, rows = progress["step"], progress["rows"]
-    network, *optimizers = accelerator.prepare(model, *optimizers)
+    network = accelerator.prepare(model)
+    if accelerator.scaler and "scaler" in progress:
+        accelerator.scaler.load_state_dict(progress["scaler"])
     if compiled and (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         for block in model.blocks:
             block.compile()
@@ -816,7 +831,8 @@ def train(
                 if row["val_loss"] < progress["best"]:
                     progress["best"] = row["val_loss"]
                     _save_best(twin, best_dir)
-                _save_state(last_path, model, optimizers, progress | {"step": step})
+                scale = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
+                _save_state(last_path, model, optimizers, progress | {"step": step} | scale)
                 write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
             losses, started = [], time.perf_counter()
         complete = True
