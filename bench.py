@@ -105,9 +105,8 @@ def decoders(llada: h.Transformer, ar: h.Transformer, free: int) -> dict:
         "LLaDA entropy, one token a pass": {"steps": free, "remasking": "entropy"},
         "LLaDA margin, one token a pass": {"steps": free, "remasking": "margin"},
         "LLaDA entropy, four tokens a pass": {"steps": free // 4, "remasking": "entropy"},
-        "LLaDA threshold 0.9": {"steps": free, "threshold": 0.9},
-        "LLaDA entropy bound 0.5": {"steps": free, "remasking": "entropy", "entropy_bound": 0.5},
-        "LLaDA entropy bound 2": {"steps": free, "remasking": "entropy", "entropy_bound": 2.0},
+        **{f"LLaDA threshold {x}": {"steps": free, "threshold": x} for x in (0.2, 0.3, 0.5, 0.9)},
+        **{f"LLaDA entropy bound {x}": {"steps": free, "remasking": "entropy", "entropy_bound": x} for x in (0.5, 2.0)},
         f"LLaDA entropy, blocks of {block}": {"steps": free, "remasking": "entropy", "block_length": block},
         f"LLaDA entropy, blocks of {block}, cached": {
             "steps": free,
@@ -132,6 +131,17 @@ def decoders(llada: h.Transformer, ar: h.Transformer, free: int) -> dict:
     return named | {name: functools.partial(write, options=options) for name, options in settings.items()}
 
 
+def quality(ar: h.Transformer, written: torch.Tensor, tokenizer, window: int) -> dict[str, float]:
+    """The AR model's judgement and two measures of diversity, with 95% intervals over groups of texts."""
+    scores = []
+    for group in written.chunk(h.GROUPS):
+        pieces = group.unfold(1, min(written.shape[1], window), window // 2).flatten(0, 1)
+        metrics = h.text_metrics([tokenizer.decode(text) for text in group], [], set())
+        nats = h.ar_nll(ar, pieces, h.START_ID).mean().item() / pieces.shape[1]
+        scores.append({"judge": nats, "char entropy": metrics["char entropy"], "distinct-3": metrics["distinct-3"]})
+    return h.grouped(scores)
+
+
 def decoding_rows(preset: h.Preset, tokenizer, text, device, rounds: int, length: int, batches: list[int]) -> list[dict]:
     """AR with and without cache, and LLaDA with each decoder, continuing prompts from the validation text."""
     free, rows = length - PROMPT, []
@@ -147,11 +157,10 @@ def decoding_rows(preset: h.Preset, tokenizer, text, device, rounds: int, length
             took = seconds(lambda: made.append(decode(prompt)), rounds)  # noqa: B023
             passes = (made[0].order.max(dim=1).values + 1).float().mean().item()
             row = {"row": f"{name}, length {length}", "batch": batch, "passes": passes, "tokens/s": batch * free / took}
-            if llada_trained and ar_trained:
-                pieces = made[0].ids[:, PROMPT:].unfold(1, min(free, preset.seq_len), preset.seq_len // 2).flatten(0, 1)
-                nats = h.ar_nll(ar, pieces, h.START_ID) / pieces.shape[1]
-                row |= {"judge": nats.mean().item(), "judge ±": 1.96 * nats.std().item() / max(1, batch) ** 0.5}
-            rows.append(row | {"peak MiB": peak_mib()})
+            row["peak MiB"] = peak_mib()
+            if llada_trained and ar_trained and batch >= 2 * h.GROUPS:
+                row |= quality(ar, made[0].ids[:, PROMPT:], tokenizer, preset.seq_len)
+            rows.append(row)
     return rows
 
 
@@ -159,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, batch 1 and 8: a minute's look")
     parser.add_argument("--preset", choices=h.PRESETS, default=None, help="sizes of the models; default: as the notebook chooses")
-    parser.add_argument("--json", default="bench.json", help="where to write the table (default: %(default)s)")
+    parser.add_argument("--json", default="figures/bench.json", help="where to write the table (default: %(default)s)")
     arguments = parser.parse_args()
     preset = h.PRESETS[arguments.preset] if arguments.preset else h.choose_preset()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import llada_helpers as h
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {"1.4697"}  # numbers of other people's, cited in the text
-VERSIONS = re.compile(r"\d+\.\d+\.\d+|arXiv:\d+\.\d+|[\w-]+[=<>]=?\d[\d.]*")
+VERSIONS = re.compile(r"Python \d+\.\d+|\d+\.\d+\.\d+|arXiv:\d+\.\d+|[\w-]+[=<>]=?\d[\d.]*")
 
 
 @pytest.mark.parametrize("name", ["analysis.md", "README.md"])

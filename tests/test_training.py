@@ -451,3 +451,44 @@ def test_validation_counts_real_tokens_only_and_repeats_itself():
     assert h.validation_loss(model, rows) == pytest.approx(math.log(10), abs=1e-5), "uniform: ln V per real token"
     torch.nn.init.normal_(model.head.weight)
     assert h.validation_loss(model, rows) == h.validation_loss(model, rows)
+
+
+class OneProcess:
+    """What `optimizer_step` needs of an Accelerator, with or without loss scaling."""
+
+    num_processes, process_index, device = 1, 0, torch.device("cpu")
+
+    def __init__(self, scaler=None):
+        self.scaler = scaler
+
+    def backward(self, loss):
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def reduce(self, value, _):
+        return value
+
+
+def test_both_optimizers_step_under_one_loss_scale():
+    """fp16 scales the loss; the scale must be taken out of both optimizers' gradients exactly once, and updated once."""
+    ends = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        torch.manual_seed(0)
+        model = h.Transformer(h.ModelConfig(10, 8, 1, 2, 8))
+        optimizers, norms = h.make_optimizers(model, CONFIG), []
+        for step in range(3):
+            batch = h.training_batch(TRAIN_IDS, 8, 4, 0, step, h.diffusion_batch)
+            norms.append(float(h.optimizer_step(OneProcess(scaler), model, optimizers, batch, CONFIG)[1]))
+        ends.append((norms, [p.detach().clone() for p in model.parameters()]))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    for plain, scaled in zip(ends[0][1], ends[1][1]):
+        assert torch.allclose(plain, scaled, atol=1e-6)
+
+
+def test_an_overflow_skips_the_step_and_lowers_the_scale():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = h.Transformer(h.ModelConfig(10, 8, 1, 2, 8))
+    before = [p.detach().clone() for p in model.parameters()]
+    inputs, targets, weight = h.training_batch(TRAIN_IDS, 8, 4, 0, 0, h.diffusion_batch)
+    batch = inputs, targets, weight * math.inf
+    h.optimizer_step(OneProcess(scaler), model, h.make_optimizers(model, CONFIG), batch, CONFIG)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and scaler.get_scale() < 2.0**10
