@@ -193,7 +193,8 @@ def main() -> None:
     print(f"{h.describe_machine()['device']}: float32 matrix product {peak / 1e9:.0f} GFLOP/s; preset {preset.name}")
     print("ratio: to the eager step, or to one token a pass at the same length and batch")
     print(table.round(3).to_string(index=False))
-    record = {"machine": h.describe_machine(), "preset": preset.name, "matmul_flops": peak, "rows": json.loads(table.to_json(orient="records"))}
+    record = {"machine": h.describe_machine(), "preset": preset.name, "matmul_flops": peak}
+    record["rows"] = json.loads(table.to_json(orient="records"))
     h.write_atomically(Path(arguments.json), json.dumps(record, indent=1).encode())
 
 
