@@ -897,6 +897,12 @@ def _check_sampling(temperature: float, top_p: float) -> None:
         raise ValueError(f"top_p={top_p}: pass a number in (0, 1]; 1 keeps everything")
 
 
+def _check_length(model: MaskPredictor, length: int) -> None:
+    longest = getattr(getattr(model, "config", None), "seq_len", None)
+    if longest is not None and length > longest:
+        raise ValueError(f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+
+
 def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else an exact draw from the nucleus.
 
@@ -997,9 +1003,7 @@ def reverse_process(
         raise ValueError(f"steps={steps}, revisions={revisions}: pass at least 1 step and 0 revisions")
     if remasking not in REMASKING:
         raise ValueError(f"remasking={remasking!r}: pass one of {', '.join(REMASKING)}")
-    longest = getattr(getattr(model, "config", None), "seq_len", None)
-    if longest is not None and template.shape[1] > longest:
-        raise ValueError(f"the template has {template.shape[1]} tokens, the model's seq_len is {longest}; pass a shorter one")
+    _check_length(model, template.shape[1])
     adaptive = threshold is not None or entropy_bound is not None
     if threshold is not None and entropy_bound is not None:
         raise ValueError("threshold and entropy_bound both decide how many to reveal: pass one of them")
@@ -1024,7 +1028,7 @@ def reverse_process(
     certainty = torch.full(ids.shape, math.inf, dtype=torch.float64, device=ids.device)  # of what was committed
     block_of = torch.where(masked, (masked.cumsum(dim=1) - 1) // block_length, -1)
     banned = torch.tensor(sorted({mask_id, *forbidden}), device=ids.device)
-    postponed = torch.tensor(sorted(late), device=ids.device)
+    postponed = torch.tensor(sorted(late), dtype=ids.dtype, device=ids.device)
 
     def predict(reveal: Tensor, span: slice = slice(None), **cached) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass: a token [M] for each position in `reveal`, its probability [M], all probabilities [M, V]."""
@@ -1144,9 +1148,7 @@ def generate_ar(
     _check_sampling(temperature, top_p)
     if prompt.ndim != 2 or length < 1:
         raise ValueError(f"prompt {tuple(prompt.shape)}, length={length}: pass ids of shape [B, P] and length >= 1")
-    longest = getattr(getattr(model, "config", None), "seq_len", None)
-    if longest is not None and prompt.shape[1] + length > longest:
-        raise ValueError(f"prompt and length make {prompt.shape[1] + length} tokens, the model's seq_len is {longest}")
+    _check_length(model, prompt.shape[1] + length)
     banned = torch.tensor(sorted(set(forbidden)), dtype=torch.long, device=prompt.device)
     cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
     ids = F.pad(prompt, (1, 0), value=start_id)
