@@ -33,7 +33,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +68,19 @@ def cache_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llada" / "tinyshakespeare.txt"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a kill, never sees half a file."""
+@contextlib.contextmanager
+def _atomically(path: Path):
+    """A temporary neighbour of `path` to write into, renamed at the end: a reader, or a kill, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a kill, never sees half a file."""
+    with _atomically(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _read_text(path: Path) -> str:
@@ -278,17 +285,15 @@ def stratified_times(batch_size: int, generator: torch.Generator | None = None) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The slowest rotation then turns once in about a thousand characters, a few windows; the usual 10,000, made for long contexts,
-# leaves most frequencies idle at this length.
-ROTARY_BASE = 200.0
-# Normalised queries and keys of width D have products up to D; this is the largest attention logit. sqrt(D), the usual scale,
-# is too blunt for characters, whose neighbours matter most.
-ATTENTION_SCALE = 12.0
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a Transformer. `causal` is the only difference between AR (True) and LLaDA (False)."""
+    """Sizes of a Transformer. `causal` is the only difference between AR (True) and LLaDA (False).
+
+    `rotary_base`: at 200 the slowest rotation turns once in about a thousand characters, a few windows; the usual 10,000, made
+    for long contexts, leaves most frequencies idle at this length. None: learned positions.
+    `attention_scale`: the largest attention logit (queries and keys are normalised). The usual sqrt(head width) is too blunt
+    for characters, whose neighbours matter most.
+    """
 
     vocab_size: int
     seq_len: int
@@ -298,6 +303,8 @@ class ModelConfig:
     dropout: float = 0.0
     causal: bool = False
     time_conditioning: bool = False
+    rotary_base: float | None = 200.0
+    attention_scale: float = 12.0
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd")}
@@ -354,6 +361,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.n_embd
         self.n_head, self.causal, self.dropout = config.n_head, config.causal, config.dropout
+        self.scale = config.attention_scale * config.n_head / width
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
@@ -370,11 +378,13 @@ class Block(nn.Module):
         modulation = (None,) * 4 if time is None else self.modulation(time)[:, None].chunk(4, dim=-1)
         h = self._norm(x, *modulation[:2])
         q, k, v = self.qkv(h).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
-        q, k = _rotate(_rms_norm(q), *rotary), _rotate(_rms_norm(k), *rotary)
+        q, k = _rms_norm(q), _rms_norm(k)
+        if rotary is not None:
+            q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         if cache is not None:
             k, v = cache.write(layer, start, k, v)
         causal = self.causal and visible is None and L > 1
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=ATTENTION_SCALE / q.shape[-1])
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=self.scale)
         x = x + self._drop(self.attention_out(h.transpose(1, 2).reshape(B, L, C)))
         h = F.relu(self.mlp_in(self._norm(x, *modulation[2:]))).square()
         return x + self._drop(self.mlp_out(h))
@@ -409,9 +419,12 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
         nn.init.zeros_(self.head.weight)
         if config.time_conditioning:
             self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        angles = torch.outer(torch.arange(config.seq_len), ROTARY_BASE ** -(torch.arange(half) / half))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        if config.rotary_base is None:
+            self.positions = nn.Embedding(config.seq_len, width)
+        else:
+            angles = torch.outer(torch.arange(config.seq_len), config.rotary_base ** -(torch.arange(half) / half))
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, ids: Tensor, t: Tensor | None = None, cache: KVCache | None = None, start: int = 0) -> Tensor:
         if ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len:
@@ -429,8 +442,11 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
         if self.config.time_conditioning:
             t = (ids == MASK_ID).sum(dim=1) / (~padded).sum(dim=1).clamp(min=1) if t is None else t
             time = self.time_mlp(self._sinusoids(t))
-        x = _rms_norm(self.embed(ids))
-        rotary = self.cos[start : start + L], self.sin[start : start + L]
+        here = slice(start, start + L)
+        if self.config.rotary_base is None:
+            x, rotary = _rms_norm(self.embed(ids) + self.positions.weight[here]), None
+        else:
+            x, rotary = _rms_norm(self.embed(ids)), (self.cos[here], self.sin[here])
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, visible, time, cache, layer, start)
         return self.head(_rms_norm(x)).float()
@@ -453,9 +469,9 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
 def diffusion_batch(
     sequences: Tensor,
     generator: torch.Generator | None = None,
+    maskable: Tensor | None = None,
     mask_id: int = MASK_ID,
     t: float | Tensor | None = None,
-    maskable: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs x_t, targets x_0 and the weights of Eq. 3: 1 / (t_b n_b) on masked tokens, n_b the maskable ones of row b."""
     maskable = _check_maskable(sequences, sequences != PAD_ID if maskable is None else maskable)
@@ -466,12 +482,31 @@ def diffusion_batch(
 
 
 def next_token_batch(
-    sequences: Tensor, generator: torch.Generator | None = None, start_id: int = START_ID, pad_id: int = PAD_ID
+    sequences: Tensor,
+    generator: torch.Generator | None = None,
+    counted: Tensor | None = None,
+    start_id: int = START_ID,
+    pad_id: int = PAD_ID,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs [START] x_1 ... x_{L-1}, targets x_1 ... x_L (Eq. 2), weights that make the batch a mean over its tokens."""
+    """Inputs [START] x_1 ... x_{L-1}, targets x_1 ... x_L (Eq. 2), weights that make the batch a mean over its counted tokens."""
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
-    real = (sequences != pad_id).float()
-    return inputs, sequences, real * (len(sequences) / real.sum().clamp(min=1))
+    counted = (sequences != pad_id if counted is None else counted).float()
+    return inputs, sequences, counted * (len(sequences) / counted.sum().clamp(min=1))
+
+
+def real_tokens(sequences: Tensor) -> Tensor:
+    """BoolTensor[B, L]: everything but padding, what pre-training learns."""
+    return sequences != PAD_ID
+
+
+def response_tokens(sequences: Tensor) -> Tensor:
+    """BoolTensor[B, L]: the response, what follows the row's [START]; before it stands the prompt, which SFT never masks (Eq. 5).
+
+    >>> response_tokens(torch.tensor([[7, 8, START_ID, 9, END_ID, PAD_ID]])).tolist()
+    [[False, False, False, True, True, False]]
+    """
+    separator = sequences == START_ID
+    return (separator.cumsum(dim=1) > 0) & ~separator & (sequences != PAD_ID)
 
 
 def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
@@ -499,12 +534,12 @@ def llada_loss(
         maskable: BoolTensor[B, L], default everything.
     """
     maskable = torch.ones_like(sequences, dtype=torch.bool) if maskable is None else maskable
-    return weighted_nll(model, *diffusion_batch(sequences, generator, mask_id, t, maskable))
+    return weighted_nll(model, *diffusion_batch(sequences, generator, maskable, mask_id, t))
 
 
 def next_token_loss(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
     """Mean AR cross-entropy, nats per token that is not padding; the first token is scored given [START] (Eq. 2)."""
-    return weighted_nll(model, *next_token_batch(sequences, None, start_id, pad_id))
+    return weighted_nll(model, *next_token_batch(sequences, None, None, start_id, pad_id))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,13 +552,14 @@ class TrainConfig:
     """One training run. Sizes and iterations, never seconds: a rerun gives the same numbers."""
 
     steps: int
-    batch_size: int
-    muon_lr: float = 0.02
+    batch_size: int  # windows a step, over all processes and micro-batches
+    muon_lr: float = 0.02  # 0: AdamW for everything
     adamw_lr: float = 3e-3
     weight_decay: float = 0.0
     warmup: float = 0.02  # fraction of the steps with rising learning rate
     decay: float = 0.5  # fraction of the steps, the last ones, with linearly falling learning rate
     clip: float = 1.0  # largest gradient norm
+    accumulation: int = 1  # micro-batches whose gradients are summed before a step
     evals: int = 20  # validations, the last one at the end
     eval_windows: int = 128
     seed: int = 0
@@ -568,28 +604,33 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embedding, head and time conditioning."""
-    matrices = [
-        {"params": [b.qkv.weight for b in model.blocks], "parts": 3},
-        {"params": [b.attention_out.weight for b in model.blocks]},
-        {"params": [b.mlp_in.weight for b in model.blocks]},
-        {"params": [b.mlp_out.weight for b in model.blocks]},
-    ]
-    in_muon = {id(p) for group in matrices for p in group["params"]}
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and time conditioning; AdamW alone if `muon_lr` is 0."""
+    optimizers, in_muon = [], set()
+    if config.muon_lr:
+        matrices = [
+            {"params": [b.qkv.weight for b in model.blocks], "parts": 3},
+            {"params": [b.attention_out.weight for b in model.blocks]},
+            {"params": [b.mlp_in.weight for b in model.blocks]},
+            {"params": [b.mlp_out.weight for b in model.blocks]},
+        ]
+        in_muon = {id(p) for group in matrices for p in group["params"]}
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     rest = [p for p in model.parameters() if id(p) not in in_muon]
-    return [
-        Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
-        torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True),
-    ]
+    adamw = torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+    return [*optimizers, adamw]
 
 
-def training_batch(ids: Tensor, seq_len: int, batch_size: int, seed: int, step: int, make_batch) -> tuple[Tensor, ...]:
-    """Inputs, targets, weights of one step: windows at random offsets, drawn from a generator seeded by (seed, step)."""
+def training_batch(ids: Tensor, seq_len: int, batch_size: int, seed: int, step: int, make_batch, learned) -> tuple[Tensor, ...]:
+    """Inputs, targets, weights of one step, drawn from a generator seeded by (seed, step).
+
+    ids [n] is a text, of which windows at random offsets are taken; ids [N, seq_len] are sequences, of which rows are taken.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    ids = F.pad(ids, (0, max(0, seq_len - len(ids))), value=PAD_ID)
-    offsets = torch.randint(len(ids) - seq_len + 1, (batch_size,), generator=generator)
-    return make_batch(ids.unfold(0, seq_len, 1)[offsets], generator)
+    if ids.ndim == 1:
+        ids = F.pad(ids, (0, max(0, seq_len - len(ids))), value=PAD_ID).unfold(0, seq_len, 1)
+    sequences = ids[torch.randint(len(ids), (batch_size,), generator=generator)]
+    return make_batch(sequences, generator, learned(sequences))
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -599,14 +640,19 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def optimizer_step(accelerator: Accelerator, network: nn.Module, optimizers: list, batch, config: TrainConfig):
-    """Gradient of this process's share of the global batch, clipped, and one step; returns the detached loss and the norm.
+    """Gradient of this process's share of the global batch, clipped, and one step; returns the share's loss and the norm.
 
-    The optimizers share one loss scale (fp16), so it is updated once, after both have stepped.
+    The share is worked off in `accumulation` micro-batches; processes exchange gradients after the last one only. The
+    optimizers share one loss scale (fp16), so it is updated once, after both have stepped.
     """
     share = config.batch_size // accelerator.num_processes
-    mine = [x[accelerator.process_index * share :][:share].to(accelerator.device) for x in batch]
-    loss = weighted_nll(network, *mine)
-    accelerator.backward(loss)
+    mine = [x[accelerator.process_index * share :][:share].to(accelerator.device).chunk(config.accumulation) for x in batch]
+    total = torch.zeros((), device=accelerator.device)
+    for i, micro_batch in enumerate(zip(*mine), start=1):
+        with contextlib.nullcontext() if i == config.accumulation else accelerator.no_sync(network):
+            loss = weighted_nll(network, *micro_batch) / config.accumulation
+            accelerator.backward(loss)
+        total += loss.detach()
     scaler = accelerator.scaler
     if scaler:
         for optimizer in optimizers:
@@ -620,30 +666,83 @@ def optimizer_step(accelerator: Accelerator, network: nn.Module, optimizers: lis
         optimizer.zero_grad()
     if scaler:
         scaler.update()
-    return accelerator.reduce(loss.detach(), "mean"), norm
+    return total, norm
 
 
-def validation_loss(model: Transformer, sequences: Tensor, seed: int = 0) -> float:
-    """Nats per character on fixed windows: exact for AR, the NELBO with fixed masks for LLaDA."""
-    real = sequences != PAD_ID
-    if model.config.causal:
-        nats = ar_nll(model, sequences, START_ID)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        nats = nelbo(model, sequences, MASK_ID, n_samples=4, maskable=real, generator=generator)
-    return float(nats.sum() / real.sum())
+def validation_nats(model: MaskPredictor, sequences: Tensor, learned: Tensor, autoregressive: bool) -> Tensor:
+    """Nats of the learned tokens of each row, FloatTensor[N]: exact for AR, the NELBO with fixed masks for LLaDA."""
+    if autoregressive:
+        return ar_nll(model, sequences, START_ID, counted=learned)
+    return nelbo(model, sequences, MASK_ID, n_samples=4, maskable=learned, generator=torch.Generator().manual_seed(0))
 
 
-def fingerprint(model_config: ModelConfig, config: TrainConfig, train_ids: Tensor, val_ids: Tensor, make_batch) -> str:
-    """Twelve hex digits that change with the configuration, the data or the code of the training path."""
-    code = [forward_process, stratified_times, _rms_norm, _rotate, Block, Transformer, weighted_nll, make_batch]
-    code += [orthogonalize, Muon, make_optimizers, training_batch, learning_rate_factor, optimizer_step, validation_loss]
-    digest = hashlib.sha256(json.dumps([asdict(model_config), asdict(config), ROTARY_BASE, ATTENTION_SCALE]).encode())
-    for ids in (train_ids, val_ids):
-        digest.update(f"{len(ids)} ids".encode() + ids.numpy().tobytes())
-    for thing in code:
-        digest.update(inspect.getsource(thing).encode())
-    return digest.hexdigest()[:12]
+class PostNormEncoder(nn.Module, PyTorchModelHubMixin):
+    """The MDLM tutorial's model out of PyTorch's own parts, to compare with: post-norm, learned positions, dropout 0.1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.seq_len, config.n_embd)
+        layer = nn.TransformerEncoderLayer(config.n_embd, config.n_head, 4 * config.n_embd, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.positions.weight[: ids.shape[1]]
+        return self.head(self.norm(self.encoder(x, src_key_padding_mask=ids == PAD_ID)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides what a training makes, and so its fingerprint.
+
+    Args:
+        model, train: the configurations.
+        train_ids, val_ids: LongTensor[n], a text, or LongTensor[N, seq_len], sequences. Validation takes `eval_windows`
+            windows or sequences, spread evenly, with fixed masks.
+        make_batch: (sequences [B, L], generator, learned [B, L]) -> (inputs, targets, weights); default `next_token_batch` for a
+            causal model, else `diffusion_batch`.
+        learned: sequences [B, L] -> BoolTensor[B, L], what is masked or predicted; `response_tokens` for SFT.
+        start: the model whose weights to begin with; default fresh ones.
+        architecture: called with the model configuration.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    train_ids: Tensor
+    val_ids: Tensor
+    make_batch: Callable | None = None
+    learned: Callable = real_tokens
+    start: nn.Module | None = None
+    architecture: type = Transformer
+
+    @property
+    def batch_function(self) -> Callable:
+        return self.make_batch or (next_token_batch if self.model.causal else diffusion_batch)
+
+    @property
+    def autoregressive(self) -> bool:
+        return self.batch_function is next_token_batch
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change with the configuration, the data, the first weights or the code of the training path."""
+        code = [forward_process, stratified_times, diffusion_batch, _rms_norm, _rotate, Block, self.architecture]
+        code += [self.batch_function, self.learned]
+        code += [weighted_nll, orthogonalize, Muon, make_optimizers, training_batch, learning_rate_factor, optimizer_step]
+        code += [validation_nats]
+        digest = hashlib.sha256(json.dumps([asdict(self.model), asdict(self.train)]).encode())
+        first = list(self.start.state_dict().values()) if self.start else []
+        for tensor in (self.train_ids, self.val_ids, *first):
+            digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
+        for thing in code:
+            digest.update(inspect.getsource(thing).encode())
+        return digest.hexdigest()[:12]
+
+    def validation_sequences(self) -> Tensor:
+        sequences = windows(self.val_ids, self.model.seq_len) if self.val_ids.ndim == 1 else self.val_ids
+        return sequences[torch.linspace(0, len(sequences) - 1, min(self.train.eval_windows, len(sequences))).long()]
 
 
 @dataclass
@@ -656,13 +755,13 @@ class Run:
     path: Path
 
 
-def load_model(directory: str | os.PathLike) -> Transformer:
+def load_model(directory: str | os.PathLike, architecture: type = Transformer) -> nn.Module:
     """`from_pretrained` of a local directory, in evaluation mode, without its chatter on standard output."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return Transformer.from_pretrained(directory).eval()
+        return architecture.from_pretrained(directory).eval()
 
 
-def _save_best(model: Transformer, directory: Path) -> None:
+def _save_best(model: nn.Module, directory: Path) -> None:
     """`save_pretrained` into a neighbour, then renamed file by file, so that no reader sees half a checkpoint."""
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     model.save_pretrained(temporary)
@@ -671,22 +770,36 @@ def _save_best(model: Transformer, directory: Path) -> None:
     temporary.rmdir()
 
 
-def _save_state(path: Path, model: Transformer, optimizers: list, meta: dict) -> None:
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save_state(path: Path, older: Path, model: nn.Module, optimizers: list, meta: dict) -> None:
+    """Write the training state to `path`; what was there becomes `older`."""
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{i}.{j}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
-    os.replace(temporary, path)
+    with _atomically(path) as temporary:
+        save_file(tensors, temporary, metadata={"meta": json.dumps(meta), "sha256": _checksum(tensors)})
+        if path.exists():
+            os.replace(path, older)
 
 
-def _load_state(path: Path, model: Transformer, optimizers: list) -> dict:
+def _load_state(path: Path, mark: str, model: nn.Module, optimizers: list) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            tensors, meta = {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
+            tensors, notes = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+        meta, whole = json.loads(notes["meta"]), notes["sha256"] == _checksum(tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to train from the start") from error
+    if not whole:
+        raise ValueError(f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start")
+    if meta["fingerprint"] != mark:
+        raise ValueError(f"the checkpoint {path} is of another run, {meta['fingerprint']}, not of {mark}; delete it")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
@@ -696,6 +809,23 @@ def _load_state(path: Path, model: Transformer, optimizers: list) -> dict:
                 state.setdefault(int(j), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta
+
+
+def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) -> dict:
+    """What the newest sound checkpoint says of the progress; ValueError if there are checkpoints, but none is sound."""
+    refused = []
+    for path in filter(Path.exists, paths):
+        try:
+            progress = _load_state(path, mark, model, optimizers)
+        except ValueError as error:
+            refused.append(error)
+            continue
+        for error in refused:
+            warnings.warn(f"{error}; going on from the one before it, step {progress['step']}", stacklevel=3)
+        return progress
+    if refused:
+        raise refused[0]
+    return {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf, "fingerprint": mark}
 
 
 def describe_machine() -> dict[str, str]:
@@ -722,60 +852,54 @@ def mixed_precision() -> str:
 
 
 @torch.random.fork_rng()
-def train(
-    name: str,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    train_ids: Tensor,
-    val_ids: Tensor,
-    *,
-    make_batch: Callable | None = None,
-    root: str | os.PathLike = ".",
-    compiled: bool = False,
-) -> Run:
-    """Train a Transformer, or load the run if it is already complete, or go on where it was interrupted.
+def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool = False) -> Run:
+    """Train what `job` says, or load the run if it is already complete, or go on where it was interrupted.
 
     Under `root`, `runs/NAME-FINGERPRINT/` gets run.json, metrics.csv, TensorBoard events and, at the end, final.json;
-    `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json, model.safetensors) and last.safetensors with the optimizers' state.
-    `LLADA_RETRAIN=1` trains from the start whatever is there. Ctrl-C returns what there is.
+    `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json, model.safetensors) and, with the optimizers' state, last.safetensors
+    and the one before it, previous.safetensors. `LLADA_RETRAIN=1` trains from the start whatever is there. Ctrl-C returns what
+    there is. Several processes (`accelerate launch`, `torchrun`) share each batch.
 
     Args:
-        train_ids, val_ids: LongTensor[n] each. The validation uses `eval_windows` windows spread over val_ids, fixed masks.
-        make_batch: (sequences [B, L], generator) -> (inputs, targets, weights); default `next_token_batch` or
-            `diffusion_batch`, as `model_config.causal` says.
         compiled: torch.compile the blocks for the training steps.
 
     Raises:
-        ValueError: too few steps, a batch that the processes cannot share evenly, or a damaged checkpoint.
-        RuntimeError: the loss is not finite; names the step, the learning rate and the last good checkpoint.
+        ValueError: too few steps, a batch that processes and micro-batches cannot share evenly, or no sound checkpoint.
+        RuntimeError: the loss is not finite or far above that of a blank model; names the step, the learning rates and the last
+            good checkpoint.
     """
+    config = job.train
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
-    if min(config.steps, config.batch_size, config.evals, config.eval_windows) < 1:
+    if min(config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation) < 1:
         raise ValueError(f"{config}: pass at least one step, one window a batch, one evaluation of one window")
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(f"batch_size={config.batch_size}: pass a multiple of the {accelerator.num_processes} processes")
-    make_batch = make_batch or (next_token_batch if model_config.causal else diffusion_batch)
-    mark = fingerprint(model_config, config, train_ids, val_ids, make_batch)
+    if config.batch_size % (accelerator.num_processes * config.accumulation):
+        shares = f"{accelerator.num_processes} processes x {config.accumulation} micro-batches"
+        raise ValueError(f"batch_size={config.batch_size}: pass a multiple of {shares}")
+    mark = job.fingerprint()
     run_dir, checkpoint_dir = (Path(root) / folder / f"{name}-{mark}" for folder in ("runs", "checkpoints"))
-    best_dir, last_path, final_path = checkpoint_dir / "best", checkpoint_dir / "last.safetensors", run_dir / "final.json"
+    best_dir, final_path = checkpoint_dir / "best", run_dir / "final.json"
+    states = [checkpoint_dir / "last.safetensors", checkpoint_dir / "previous.safetensors"]
     fresh = os.environ.get("LLADA_RETRAIN") == "1"
     if not fresh and final_path.exists() and (best_dir / "model.safetensors").exists():
         summary = json.loads(final_path.read_text())
         print(f"{name}: complete since before, loaded from {run_dir}")
-        return Run(load_model(best_dir).to(accelerator.device), pd.read_csv(run_dir / "metrics.csv"), summary, run_dir)
+        model = load_model(best_dir, job.architecture).to(accelerator.device)
+        return Run(model, pd.read_csv(run_dir / "metrics.csv"), summary, run_dir)
 
+    main = accelerator.is_main_process
     for directory in (run_dir, best_dir):
         directory.mkdir(parents=True, exist_ok=True)
-    if fresh:  # an interrupted retraining must not be taken for the complete run that it replaces
-        final_path.unlink(missing_ok=True)
-        last_path.unlink(missing_ok=True)
+    if fresh and main:  # an interrupted retraining must not be taken for the complete run that it replaces
+        for path in (final_path, *states):
+            path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
     torch.manual_seed(config.seed)
-    model = Transformer(model_config).to(accelerator.device)
+    model = job.architecture(job.model).to(accelerator.device)
+    if job.start:
+        model.load_state_dict(job.start.state_dict())
     optimizers = make_optimizers(model, config)
     base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    progress = {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf}
-    if last_path.exists():
-        progress = _load_state(last_path, model, optimizers)
+    progress = _resume(states, mark, model, optimizers)
     step, rows = progress["step"], progress["rows"]
     network = accelerator.prepare(model)
     if accelerator.scaler and "scaler" in progress:
@@ -783,15 +907,17 @@ def train(
     if compiled and (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         for block in model.blocks:
             block.compile()
-    twin = Transformer(model_config).to(accelerator.device).eval()  # for validation: eager, full precision, any shape
-    main = accelerator.is_main_process
+    twin = job.architecture(job.model).to(accelerator.device).eval()  # for validation: eager, full precision, any shape
     if main:
-        record = {"name": name, "fingerprint": mark, "model": asdict(model_config), "train": asdict(config)}
-        record |= {"parameters": model.n_parameters, "precision": accelerator.mixed_precision, "batch": make_batch.__name__}
-        record |= {"data_sha256": hashlib.sha256(train_ids.numpy().tobytes()).hexdigest(), **describe_machine()}
+        record = {"name": name, "fingerprint": mark, "model": asdict(job.model), "train": asdict(config)}
+        record |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": accelerator.mixed_precision}
+        record |= {"batch": job.batch_function.__name__, "learned": job.learned.__name__, "characters": job.train_ids.numel()}
+        record |= {"data_sha256": hashlib.sha256(job.train_ids.numpy().tobytes()).hexdigest(), **describe_machine()}
+        record |= {"architecture": job.architecture.__name__, "processes": accelerator.num_processes}
         write_atomically(run_dir / "run.json", json.dumps(record, indent=1).encode())
-    val_windows = windows(val_ids, model_config.seq_len)
-    val_windows = val_windows[torch.linspace(0, len(val_windows) - 1, min(config.eval_windows, len(val_windows))).long()]
+    val_sequences = job.validation_sequences()
+    val_learned = job.learned(val_sequences)
+    blank = math.log(job.model.vocab_size)  # the loss of a model that knows nothing
     eval_steps = {round(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
     writer = SummaryWriter(run_dir, purge_step=step) if main else None
     bar = tqdm(
@@ -804,53 +930,84 @@ def train(
             for optimizer, rates in zip(optimizers, base_rates):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * factor
-            batch = training_batch(train_ids, model_config.seq_len, config.batch_size, config.seed, step, make_batch)
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, too, is a function of (seed, step)
+            batch = training_batch(
+                job.train_ids, job.model.seq_len, config.batch_size, config.seed, step, job.batch_function, job.learned
+            )
+            # Dropout, too, is a function of (seed, step), and of the process.
+            torch.manual_seed(config.seed * 1_000_003 + step + accelerator.process_index * 2**40)
             loss, norm = optimizer_step(accelerator, network, optimizers, batch, config)
             losses.append(loss)
             step += 1
             bar.update()
             if step not in eval_steps:
                 continue
-            train_loss = float(torch.stack(losses).mean())
-            if not math.isfinite(train_loss):
+            train_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+            twin.load_state_dict(model.state_dict())
+            val_nats = validation_nats(twin, val_sequences, val_learned, job.autoregressive)
+            val_loss = float(val_nats.sum() / val_learned.sum())
+            if not (math.isfinite(train_loss) and val_loss < 3 * blank):
+                rates = f"learning rates {config.muon_lr * factor:.3g} (Muon) and {config.adamw_lr * factor:.3g} (AdamW)"
                 raise RuntimeError(
-                    f"{name}: the loss is {train_loss} at step {step}, learning-rate factor {factor:.3g}; "
-                    f"the last good checkpoint is {last_path}; lower muon_lr or adamw_lr"
+                    f"{name}: training loss {train_loss:.3g}, validation {val_loss:.3g} at step {step}, {rates}; a blank model "
+                    f"has {blank:.2f}. The last good checkpoint is {states[0]}; lower muon_lr or adamw_lr"
                 )
             progress["seconds"] += time.perf_counter() - started
-            row = {"step": step, "tokens": step * config.batch_size * model_config.seq_len}
-            row |= {"seconds": round(progress["seconds"], 2), "train_loss": train_loss}
-            twin.load_state_dict(model.state_dict())
-            row |= {"val_loss": validation_loss(twin, val_windows), "lr": config.muon_lr * factor, "grad_norm": float(norm)}
-            rows.append(row)
-            bar.set_postfix(train=f"{train_loss:.3f}", val=f"{row['val_loss']:.3f}", refresh=False)
+            row = {"step": step, "tokens": step * config.batch_size * job.model.seq_len}
+            row |= {"seconds": round(progress["seconds"], 2), "train_loss": train_loss, "val_loss": val_loss}
+            rows.append(row | {"lr": config.muon_lr * factor, "grad_norm": float(norm)})
+            bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
             if main:
                 for key in ("train_loss", "val_loss", "lr", "grad_norm"):
-                    writer.add_scalar(key, row[key], step)
-                if row["val_loss"] < progress["best"]:
-                    progress["best"] = row["val_loss"]
+                    writer.add_scalar(key, rows[-1][key], step)
+                if val_loss < progress["best"]:
+                    progress["best"] = val_loss
                     _save_best(twin, best_dir)
                 scale = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
-                _save_state(last_path, model, optimizers, progress | {"step": step} | scale)
                 write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+                _save_state(*states, model, optimizers, progress | {"step": step} | scale)
             losses, started = [], time.perf_counter()
         complete = True
     except KeyboardInterrupt:
         complete = False
-        print(f"\n{name}: interrupted at step {step}; running the same again goes on from {last_path}")
+        print(f"\n{name}: interrupted at step {step}; running the same again goes on from {states[0]}")
     finally:
         bar.close()
         if writer:
             writer.close()
     summary = {"best": progress["best"], "steps": step, "seconds": round(progress["seconds"], 1), "fingerprint": mark}
-    summary |= {"parameters": model.n_parameters, "tokens": step * config.batch_size * model_config.seq_len}
-    accelerator.wait_for_everyone()
+    summary |= {"parameters": sum(p.numel() for p in model.parameters())}
+    summary |= {"tokens": step * config.batch_size * job.model.seq_len}
     if main and complete:
-        write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
         write_atomically(final_path, json.dumps(summary, indent=1).encode())
-    best = load_model(best_dir).to(accelerator.device) if (best_dir / "model.safetensors").exists() else twin
+    accelerator.wait_for_everyone()
+    saved = (best_dir / "model.safetensors").exists()
+    best = load_model(best_dir, job.architecture).to(accelerator.device) if saved else twin
     return Run(best, pd.DataFrame(rows), summary, run_dir)
+
+
+def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
+    """All runs under `root`/runs, a row each: where their configurations differ, best validation, tokens, seconds, commit."""
+    rows = []
+    for path in sorted(Path(root).glob("runs/*/run.json")):
+        record = json.loads(path.read_text())
+        metrics = pd.read_csv(path.parent / "metrics.csv") if (path.parent / "metrics.csv").exists() else None
+        row = {"row": path.parent.name, "complete": (path.parent / "final.json").exists()}
+        row |= {**record["model"], **record["train"]}
+        row |= {key: record[key] for key in ("architecture", "batch", "learned", "characters", "precision", "processes")}
+        row["parameters"] = record["parameters"]
+        if metrics is not None:
+            row |= {"best validation": metrics["val_loss"].min(), **metrics[["tokens", "seconds"]].iloc[-1].to_dict()}
+        rows.append(row | {key: record[key] for key in ("device", "commit")})
+    table = pd.DataFrame(rows)
+    kept = ["row", "complete", "parameters", "best validation", "tokens", "seconds", "device", "commit"]
+    return table[[c for c in table if c in kept or table[c].astype(str).nunique() > 1]]
+
+
+def plot_curves(runs: dict[str, Run], ax, metric: str = "val_loss", clock: str = "step", **style) -> None:
+    """One metric of several runs against "step", "tokens" or "seconds"."""
+    for name, run in runs.items():
+        ax.plot(run.metrics[clock], run.metrics[metric], label=name, **style)
+    ax.set(xlabel=clock, ylabel=metric)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1180,11 +1337,17 @@ def _nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor,
 
 
 @_inference
-def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
-    """Exact -log p of each sequence under the AR model, FloatTensor[B], nats; padding is not counted (Eq. 2)."""
+def ar_nll(
+    model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None
+) -> Tensor:
+    """Exact -log p of each sequence under the AR model, FloatTensor[B], nats (Eq. 2).
+
+    `counted` BoolTensor[B, L], default all but padding: the tokens whose conditional probabilities enter, given all before them.
+    """
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
-    sequences, inputs = _on_device(model, sequences, inputs)
-    return _nll(model, inputs, sequences, sequences != pad_id).sum(dim=1)
+    counted = sequences != pad_id if counted is None else _check_maskable(sequences, counted)
+    sequences, inputs, counted = _on_device(model, sequences, inputs, counted)
+    return _nll(model, inputs, sequences, counted).sum(dim=1)
 
 
 def _on_device(model, *tensors: Tensor):
@@ -1500,6 +1663,19 @@ def denoising_viewer(generation: Generation, tokenizer: CharTokenizer, row: int 
 
 
 @dataclass(frozen=True)
+class Crossover:
+    """Sizes of the data-constrained experiment: each length of training text x each number of steps."""
+
+    seq_len: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    batch_size: int
+    characters: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Preset:
     """Sizes and iterations of everything in the notebook."""
 
@@ -1511,8 +1687,9 @@ class Preset:
     dropout: float
     llada: TrainConfig
     ar: TrainConfig
-    ablation: TrainConfig
-    ablation_seeds: int
+    ablation: tuple[TrainConfig, TrainConfig]  # the notebook's short form, and `python llada_helpers.py ablations`
+    crossover: tuple[Crossover, Crossover]  # likewise
+    recipe: tuple[int, int]  # likewise: steps of the MDLM tutorial's recipe
     nelbo_samples: int  # masks per validation window in the final evaluation
     texts: int  # generated texts per decoder, a multiple of GROUPS
     blanks: int  # windows with a blank to fill
@@ -1524,29 +1701,54 @@ class Preset:
         sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "dropout": self.dropout, **changes}
         return ModelConfig(vocab_size, self.seq_len, causal=causal, **sizes)
 
+    def jobs(self, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, Job]:
+        """The two trainings of Part 6."""
+        return {
+            "LLaDA": Job(self.model(vocab_size, causal=False), self.llada, train_ids, val_ids),
+            "AR": Job(self.model(vocab_size, causal=True), self.ar, train_ids, val_ids),
+        }
 
+
+SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 4_000), (10, 40))
 PRESETS = {
     "smoke": Preset(
         "smoke", 64, 2, 2, 32, 0.0,
         TrainConfig(200, 16, evals=5, eval_windows=32), TrainConfig(200, 16, evals=5, eval_windows=32),
-        ablation=TrainConfig(20, 16, evals=1, eval_windows=32), ablation_seeds=2,
+        ablation=(TrainConfig(10, 16, evals=1, eval_windows=32), TrainConfig(20, 16, evals=1, eval_windows=32)),
+        crossover=(SMALL_CROSSOVER, SMALL_CROSSOVER), recipe=(1, 2),
         nelbo_samples=1, texts=16, blanks=16, candidates=2,
         step_counts=(4, 16, 64),
     ),
     "cpu": Preset(
-        "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2000, 32, evals=25), TrainConfig(800, 32, evals=20),
-        ablation=TrainConfig(100, 16, evals=1), ablation_seeds=2,
+        "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=25), TrainConfig(800, 32, evals=20),
+        ablation=(TrainConfig(60, 16, evals=1), TrainConfig(300, 16, evals=10)),
+        crossover=(
+            SMALL_CROSSOVER,
+            Crossover(64, 4, 4, 96, 32, (20_000, 80_000, 320_000), (400, 1_600, 6_400)),
+        ),
+        recipe=(5, 300),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
     ),
     "gpu": Preset(
         "gpu", 256, 6, 6, 384, 0.1,
         TrainConfig(6000, 64, evals=30, adamw_lr=2e-3), TrainConfig(2500, 64, evals=25, adamw_lr=2e-3),
-        ablation=TrainConfig(500, 64, evals=1), ablation_seeds=2,
+        ablation=(TrainConfig(100, 64, evals=1), TrainConfig(1000, 64, evals=10)),
+        crossover=(
+            SMALL_CROSSOVER,
+            Crossover(256, 6, 6, 384, 64, (80_000, 892_315), (2_700, 10_900, 54_000)),
+        ),
+        recipe=(100, 5000),
         nelbo_samples=16, texts=128, blanks=1000, candidates=8,
         step_counts=(4, 8, 16, 32, 64, 128, 256), compiled=False,
     ),
 }  # fmt: skip
+# Two cores and an evening: larger, longer, from the command line; the notebook then loads the runs.
+PRESETS["cpu_long"] = replace(
+    PRESETS["cpu"], name="cpu_long", seq_len=256, n_layer=6, n_head=6, n_embd=192,
+    llada=TrainConfig(7000, 16, evals=35), ar=TrainConfig(2500, 16, evals=25),
+    step_counts=(4, 8, 16, 32, 64, 128, 256),
+)  # fmt: skip
 
 
 def choose_preset() -> Preset:
@@ -1557,28 +1759,201 @@ def choose_preset() -> Preset:
     return PRESETS[name]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Experiments: many trainings, one table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor):
+    """The MDLM tutorial's loss: the mean cross-entropy over all masked tokens of the batch, whatever t. Not a bound."""
+    inputs, targets, weight = independent_times(sequences, generator, learned)
+    mask = (weight > 0).float()
+    return inputs, targets, mask * (len(mask) / mask.sum().clamp(min=1))
+
+
+def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: Tensor):
+    """The exercise's sketch: each row's mean over its masked tokens, divided by t. Its expectation is infinite."""
+    t = stratified_times(len(sequences), generator)
+    inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
+    mask = (weight > 0).float()
+    return inputs, targets, mask / (t[:, None] * mask.sum(dim=1, keepdim=True).clamp(min=1))
+
+
+def independent_times(sequences: Tensor, generator: torch.Generator, learned: Tensor):
+    """Eq. 3 with one independent t per row."""
+    return diffusion_batch(sequences, generator, learned, t=1 - torch.rand(len(sequences), generator=generator))
+
+
+def one_time_per_batch(sequences: Tensor, generator: torch.Generator, learned: Tensor):
+    """Eq. 3 with one t for the whole batch (tutorial A)."""
+    return diffusion_batch(sequences, generator, learned, t=float(1 - torch.rand(1, generator=generator)))
+
+
+def importance_times(sequences: Tensor, generator: torch.Generator, learned: Tensor):
+    """Eq. 3 with t from the density 1/2 + t, more often where more is masked, and the weight divided by that density."""
+    t = (0.25 + 2 * stratified_times(len(sequences), generator)).sqrt() - 0.5
+    inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
+    return inputs, targets, weight / (0.5 + t[:, None])
+
+
+def complementary_masks(sequences: Tensor, generator: torch.Generator, learned: Tensor):
+    """Eq. 3 with half as many windows, each under a mask and under its complement, at t and 1 - t."""
+    half = sequences[: -(-len(sequences) // 2)]
+    t = stratified_times(len(half), generator).clamp(1e-3, 1 - 1e-3)
+    learned = learned[: len(half)]
+    masked, mask = forward_process(half, t, MASK_ID, learned, generator)
+    inputs = torch.cat((masked, half.masked_fill(learned & ~mask, MASK_ID)))
+    weight = torch.cat((mask / t[:, None], (learned & ~mask) / (1 - t[:, None])))
+    count = learned.sum(dim=1, keepdim=True).clamp(min=1).repeat(2, 1)
+    keep = len(sequences)
+    return inputs[:keep], half.repeat(2, 1)[:keep], (weight / count)[:keep]
+
+
+Jobs = dict[str, list[Job]]  # the rows of a table, each with one training per seed
+
+
+def ablation_jobs(preset: Preset, config: TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> Jobs:
+    """LLaDA as it is, and with one thing changed; two seeds each."""
+
+    def reshaped(n_layer: int) -> dict:
+        """Another depth at about the same number of parameters."""
+        unit = 2 * preset.n_head
+        return {"n_layer": n_layer, "n_embd": unit * round(preset.n_embd * (preset.n_layer / n_layer) ** 0.5 / unit)}
+
+    deep, wide = reshaped(2 * preset.n_layer), reshaped(max(1, preset.n_layer // 2))
+    variants = {
+        "ours: Eq. 3, stratified t": {},
+        "one independent t per window": {"make_batch": independent_times},
+        "one t per batch (tutorial A)": {"make_batch": one_time_per_batch},
+        "t importance-sampled": {"make_batch": importance_times},
+        "complementary masks": {"make_batch": complementary_masks},
+        "mean over masked (MDLM tutorial)": {"make_batch": masked_mean},
+        "mean over masked, / t (exercise)": {"make_batch": masked_mean_over_t},
+        "time conditioning": {"model": {"time_conditioning": True}},
+        "causal attention": {"model": {"causal": True}, "make_batch": diffusion_batch},
+        "learned positions": {"model": {"rotary_base": None}},
+        "rotary base 10,000": {"model": {"rotary_base": 10_000.0}},
+        "attention scale as usual": {"model": {"attention_scale": (preset.n_embd / preset.n_head) ** 0.5}},
+        "twice as deep, narrower": {"model": deep},
+        "half as deep, wider": {"model": wide},
+        "dropout 0.1": {"model": {"dropout": 0.1}},
+        "AdamW only": {"train": {"muon_lr": 0.0}},
+        "half the batch, twice the steps": {"train": {"batch_size": config.batch_size // 2, "steps": 2 * config.steps}},
+    }
+    jobs = {}
+    for row, change in variants.items():
+        shape = replace(preset.model(vocab_size, causal=False), **change.get("model", {}))
+        configs = [replace(config, seed=seed, **change.get("train", {})) for seed in (0, 1)]
+        jobs[row] = [Job(shape, c, train_ids, val_ids, change.get("make_batch")) for c in configs]
+    return jobs
+
+
+def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> Jobs:
+    """LLaDA, AR and regularised AR on the first so many characters, for so many steps, each with its own decay."""
+    jobs, kinds = {}, {"LLaDA": (False, 0.0, 0.0), "AR": (True, 0.0, 0.0), "AR, regularised": (True, 0.2, 0.1)}
+    for count in sizes.characters:
+        for steps in sizes.steps:
+            for kind, (causal, dropout, decay) in kinds.items():
+                config = TrainConfig(steps, sizes.batch_size, weight_decay=decay, evals=min(10, steps // 10), eval_windows=256)
+                shape = ModelConfig(vocab_size, sizes.seq_len, sizes.n_layer, sizes.n_head, sizes.n_embd, dropout, causal)
+                jobs[f"{kind}, {count:,} characters, {steps:,} steps"] = [Job(shape, config, train_ids[:count], val_ids)]
+    return jobs
+
+
+def recipe_jobs(preset: Preset, steps: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> Jobs:
+    """The MDLM tutorial's recipe (its 1,000 steps of warm-up, longer than this training, shortened to ours), and our LLaDA."""
+    shape = ModelConfig(vocab_size, min(128, preset.seq_len), n_layer=6, n_head=8, n_embd=256)
+    config = TrainConfig(steps, 64, muon_lr=0.0, adamw_lr=3e-4, weight_decay=0.01, evals=min(10, steps))
+    tutorial = Job(shape, config, train_ids, val_ids, masked_mean, architecture=PostNormEncoder)
+    return {"MDLM tutorial's recipe": [tutorial], "ours": [preset.jobs(vocab_size, train_ids, val_ids)["LLaDA"]]}
+
+
+def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "") -> pd.DataFrame:
+    """Train every job (or load it) and write figures/tables/NAME.csv, a row for each entry of `jobs`, with its provenance.
+
+    Each row's seeds are averaged window by window; the interval is over windows. The difference to the first row is paired: the
+    same windows and masks. `only`: rows that match this regular expression; nothing is written then.
+    """
+    rows, first = [], None
+    for index, (row, trials) in enumerate(jobs.items()):
+        if not re.search(only, row):
+            continue
+        job = trials[0]
+        fast = compiled and job.architecture is Transformer
+        runs = [train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast) for trial in trials]
+        sequences = job.validation_sequences()
+        learned = job.learned(sequences)
+        nats = torch.stack([validation_nats(run.model, sequences, learned, job.autoregressive).cpu() for run in runs]).mean(dim=0)
+        counts, each = learned.sum(dim=1), [run.summary["best"] for run in runs]
+        mean, half = per_character(nats, counts)
+        line = {"row": row, "nats/char": mean, "95% ±": half, "lowest seed": min(each), "highest seed": max(each)}
+        first = nats if first is None else first
+        if len(first) == len(counts):
+            line["difference"], line["difference ±"] = per_character(nats - first, counts)
+        summary = runs[0].summary
+        line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
+        line |= {"characters": job.train_ids.numel(), "epochs": summary["tokens"] / job.train_ids.numel()}
+        line |= {"seconds": np.mean([run.summary["seconds"] for run in runs]), "fingerprint": suite_mark(trials)}
+        record = json.loads((runs[0].path / "run.json").read_text())
+        rows.append(line | {"device": record["device"], "commit": record["commit"]})
+    table = pd.DataFrame(rows)
+    return table.round(4) if only else save_table(table, name)
+
+
+def suite_mark(trials: list[Job]) -> str:
+    return "+".join(job.fingerprint() for job in trials)
+
+
+def experiment(name: str, full: Jobs, short: Jobs, **options) -> pd.DataFrame:
+    """figures/tables/NAME.csv if it holds the results of `full` as the code is now, else those of `short`, trained here."""
+    path = FIGURES / "tables" / f"{name}.csv"
+    if path.exists():
+        table = pd.read_csv(path)
+        known = dict(zip(table["row"], table["fingerprint"])) if {"row", "fingerprint"} <= set(table) else {}
+        if known == {row: suite_mark(trials) for row, trials in full.items()}:
+            return table
+    return run_jobs(name, short, **options)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """`python llada_helpers.py train --preset cpu --model llada`: train outside the notebook, which then loads the run."""
-    parser = argparse.ArgumentParser(description="Train the models of the notebook from the command line.")
+    """The command line: `python llada_helpers.py train --preset cpu --model llada`; see --help."""
+    parser = argparse.ArgumentParser(
+        description="Train outside the notebook, which then loads the finished runs and tables. Every command goes on where it "
+        "was interrupted. LLADA_DATA: a text file of your own; LLADA_RETRAIN=1: train from the start.",
+        epilog="Several processes or GPUs: accelerate launch llada_helpers.py train ..., or torchrun --nproc-per-node 2 "
+        "llada_helpers.py train ...; they share each batch.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="train one model of a preset, or go on with it")
-    command.add_argument("--preset", choices=PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
-    command.add_argument("--model", choices=("llada", "ar"), required=True)
+    for command, text in (
+        ("train", "train one model of a preset; runs/ and checkpoints/ get the result"),
+        ("ablations", "LLaDA with one thing changed at a time; figures/tables/ablations.csv"),
+        ("crossover", "LLaDA against AR on little text, for many epochs; figures/tables/crossover.csv"),
+        ("recipe", "the MDLM tutorial's recipe beside ours; figures/tables/recipe.csv"),
+    ):
+        aliases = ["ablate"] if command == "ablations" else []
+        options = commands.add_parser(command, help=text, description=text, aliases=aliases)
+        options.add_argument("--preset", choices=PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
+        if command == "train":
+            options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
+        else:
+            options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
     arguments = parser.parse_args(arguments)
     preset = PRESETS[arguments.preset] if arguments.preset else choose_preset()
     text = load_text()
     tokenizer = CharTokenizer.from_text(text)
-    train_ids, val_ids = split(tokenizer.encode(text))
-    causal = arguments.model == "ar"
-    run = train(
-        f"{preset.name}-{arguments.model}",
-        preset.model(tokenizer.vocab_size, causal),
-        preset.ar if causal else preset.llada,
-        train_ids,
-        val_ids,
-        compiled=preset.compiled,
-    )
-    print(json.dumps(run.summary))
+    data = (tokenizer.vocab_size, *split(tokenizer.encode(text)))
+    if arguments.command == "train":
+        name = {"llada": "LLaDA", "ar": "AR"}[arguments.model]
+        run = train(f"{preset.name}-{arguments.model}", preset.jobs(*data)[name], compiled=preset.compiled)
+        print(json.dumps(run.summary))
+        return
+    if arguments.command == "crossover":
+        name, jobs = "crossover", crossover_jobs(preset.crossover[1], *data)
+    elif arguments.command == "recipe":
+        name, jobs = "recipe", recipe_jobs(preset, preset.recipe[1], *data)
+    else:
+        name, jobs = "ablations", ablation_jobs(preset, preset.ablation[1], *data)
+    print(run_jobs(name, jobs, compiled=preset.compiled, only=arguments.only).iloc[:, :7].to_string(index=False))
 
 
 if __name__ == "__main__":
