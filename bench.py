@@ -9,7 +9,10 @@ twice the trained length the same weights are used (rotary positions have no tab
 import argparse
 import functools
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -167,13 +170,69 @@ def decoding_rows(preset: h.Preset, tokenizer, text, device, rounds: int, length
     return rows
 
 
+def worker_step(preset: h.Preset) -> None:
+    """One of several processes under torch.distributed.run: the first prints the seconds of a training step on a shared batch."""
+    accelerator = h.Accelerator(cpu=True)
+    model = h.Transformer(preset.model(69, causal=False))
+    network, optimizers = accelerator.prepare(model), h.make_optimizers(model, preset.llada)
+    rows = torch.randint(4, 69, (preset.llada.batch_size, preset.seq_len), generator=torch.Generator().manual_seed(0))
+    batch = h.diffusion_batch(rows, torch.Generator().manual_seed(0))
+    took = seconds(lambda: h.optimizer_step(accelerator, network, optimizers, batch, preset.llada), 15)
+    if accelerator.is_main_process:
+        print(json.dumps({"seconds": took, "parameters": model.n_parameters}))
+
+
+# What the projection assumes, beside what is measured: the dense bfloat16 peak of an NVIDIA H100, a share of it that trainings
+# reach, the links inside a node and between nodes, and LLaDA 8B as published (Nie et al. 2025, appendix B).
+GPU_PEAK, REACHED = 989e12, 0.4
+NODE, IN_NODE, BETWEEN = 8, 450e9, 50e9  # GPUs, bytes/s for each GPU
+LLADA_8B = {"parameters": 8.02e9, "layers": 32, "width": 4096, "length": 4096, "tokens": 2.3e12, "step tokens": 1280 * 4096}
+PLANS = {1: "does not fit", 8: "FSDP, full shard", 64: "FSDP, hybrid: shard in a node, replicate over nodes"}
+PLANS[512] = "tensor parallel in a node, FSDP hybrid over nodes"
+
+
+def scaling_rows(preset: h.Preset) -> list[dict]:
+    """One and two processes measured here, one thread each; then LLaDA 8B projected, in operations, seconds and bytes."""
+    rows, base = [], None
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*launch, __file__, "--worker", "--preset", preset.name]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        base = base or result["seconds"]
+        tokens = preset.llada.batch_size * preset.seq_len
+        row = {"row": f"measured: {preset.name} preset, {processes} CPU process{'es' * (processes > 1)}", "devices": processes}
+        row |= {"tokens/s": round(tokens / result["seconds"]), "step, s": result["seconds"]}
+        row |= {"sent per device and step, MB": round(2 * (processes - 1) / processes * 4 * result["parameters"] / 1e6, 1)}
+        rows.append(row | {"how": f"data parallel (gloo), {base / result['seconds'] / processes:.0%} efficient"})
+    big = LLADA_8B
+    operations = 6 * big["parameters"] + 12 * big["layers"] * big["width"] * big["length"]  # per token
+    for devices, how in PLANS.items():
+        step = big["step tokens"] * operations / (devices * GPU_PEAK * REACHED)
+        sent = 3 * 2 * big["parameters"] * (devices - 1) / devices  # two gathers of bfloat16 weights, one scatter of gradients
+        sent /= NODE if "tensor" in how else 1
+        link = IN_NODE if devices <= NODE else BETWEEN
+        row = {"row": f"projected: LLaDA 8B, {devices} H100", "devices": devices, "tokens/s": round(big["step tokens"] / step)}
+        row |= {"step, s": round(step, 2), "sent per device and step, MB": round(sent / 1e6), "sending, s": round(sent / link, 2)}
+        row["days for 2.3T tokens"] = round(big["tokens"] / big["step tokens"] * step / 86_400)
+        rows.append(row | {"GPU hours": round(big["tokens"] * operations / GPU_PEAK / REACHED / 3600), "how": how})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, batch 1 and 8: a minute's look")
     parser.add_argument("--preset", choices=h.PRESETS, default=None, help="sizes of the models; default: as the notebook chooses")
     parser.add_argument("--json", default="figures/bench.json", help="where to write the table (default: %(default)s)")
+    parser.add_argument("--scaling", action="store_true", help="two processes instead, and figures/tables/scaling.csv")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     preset = h.PRESETS[arguments.preset] if arguments.preset else h.choose_preset()
+    if arguments.worker:
+        return worker_step(preset)
+    if arguments.scaling:
+        print(h.save_table(pd.DataFrame(scaling_rows(preset)), "scaling").to_string(index=False))
+        return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = h.load_text()
     tokenizer = h.CharTokenizer.from_text(text)

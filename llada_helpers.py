@@ -14,6 +14,7 @@ of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 """
 
 import argparse
+import ast
 import bisect
 import contextlib
 import functools
@@ -29,6 +30,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -193,6 +195,15 @@ class CharTokenizer:
             return cls(json.loads(text)["characters"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write tokenizer.json, for instance beside the weights of `Transformer.save_pretrained`."""
+        write_atomically(Path(directory) / "tokenizer.json", self.to_json().encode())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> "CharTokenizer":
+        """The tokenizer of `save_pretrained`. ValueError if it is not there or damaged."""
+        return cls.from_json(_read_text(Path(directory) / "tokenizer.json"))
 
 
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
@@ -694,6 +705,15 @@ class PostNormEncoder(nn.Module, PyTorchModelHubMixin):
         return self.head(self.norm(self.encoder(x, src_key_padding_mask=ids == PAD_ID)))
 
 
+def _code(thing: Callable) -> str:
+    """The source of a function or class without comments and docstrings, so that better words do not mean another training."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that decides what a training makes, and so its fingerprint.
@@ -737,7 +757,7 @@ class Job:
         for tensor in (self.train_ids, self.val_ids, *first):
             digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
         for thing in code:
-            digest.update(inspect.getsource(thing).encode())
+            digest.update(_code(thing).encode())
         return digest.hexdigest()[:12]
 
     def validation_sequences(self) -> Tensor:
@@ -852,16 +872,18 @@ def mixed_precision() -> str:
 
 
 @torch.random.fork_rng()
-def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool = False) -> Run:
+def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool = False, quiet: bool = False) -> Run:
     """Train what `job` says, or load the run if it is already complete, or go on where it was interrupted.
 
-    Under `root`, `runs/NAME-FINGERPRINT/` gets run.json, metrics.csv, TensorBoard events and, at the end, final.json;
-    `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json, model.safetensors) and, with the optimizers' state, last.safetensors
-    and the one before it, previous.safetensors. `LLADA_RETRAIN=1` trains from the start whatever is there. Ctrl-C returns what
-    there is. Several processes (`accelerate launch`, `torchrun`) share each batch.
+    A run is known by its fingerprint; `name` is for the reader. Under `root`, `runs/NAME-FINGERPRINT/` gets run.json,
+    metrics.csv, TensorBoard events and, at the end, final.json; `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json,
+    model.safetensors) and, with the optimizers' state, last.safetensors and the one before it, previous.safetensors.
+    `LLADA_RETRAIN=1` trains from the start whatever is there. Ctrl-C returns what there is. Several processes (`accelerate
+    launch`, `torchrun`) share each batch.
 
     Args:
         compiled: torch.compile the blocks for the training steps.
+        quiet: no progress bar, and not a word if the run is only loaded.
 
     Raises:
         ValueError: too few steps, a batch that processes and micro-batches cannot share evenly, or no sound checkpoint.
@@ -876,13 +898,15 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         shares = f"{accelerator.num_processes} processes x {config.accumulation} micro-batches"
         raise ValueError(f"batch_size={config.batch_size}: pass a multiple of {shares}")
     mark = job.fingerprint()
-    run_dir, checkpoint_dir = (Path(root) / folder / f"{name}-{mark}" for folder in ("runs", "checkpoints"))
+    known = sorted(path.name for path in Path(root).glob(f"runs/*-{mark}"))  # the same training, under whatever name
+    run_dir, checkpoint_dir = (Path(root) / folder / (known or [f"{name}-{mark}"])[0] for folder in ("runs", "checkpoints"))
     best_dir, final_path = checkpoint_dir / "best", run_dir / "final.json"
     states = [checkpoint_dir / "last.safetensors", checkpoint_dir / "previous.safetensors"]
     fresh = os.environ.get("LLADA_RETRAIN") == "1"
     if not fresh and final_path.exists() and (best_dir / "model.safetensors").exists():
         summary = json.loads(final_path.read_text())
-        print(f"{name}: complete since before, loaded from {run_dir}")
+        if not quiet:
+            print(f"{name}: complete since before, loaded from {run_dir}")
         model = load_model(best_dir, job.architecture).to(accelerator.device)
         return Run(model, pd.read_csv(run_dir / "metrics.csv"), summary, run_dir)
 
@@ -920,9 +944,8 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     blank = math.log(job.model.vocab_size)  # the loss of a model that knows nothing
     eval_steps = {round(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
     writer = SummaryWriter(run_dir, purge_step=step) if main else None
-    bar = tqdm(
-        total=config.steps, initial=step, desc=name, file=sys.stdout, mininterval=10, delay=5, ncols=100, disable=not main
-    )
+    shown = {"desc": name, "file": sys.stdout, "mininterval": 10, "delay": 5, "ncols": 100, "disable": quiet or not main}
+    bar = tqdm(total=config.steps, initial=step, **shown)
     losses, started = [], time.perf_counter()
     try:
         while step < config.steps:
@@ -993,7 +1016,7 @@ def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
         metrics = pd.read_csv(path.parent / "metrics.csv") if (path.parent / "metrics.csv").exists() else None
         row = {"row": path.parent.name, "complete": (path.parent / "final.json").exists()}
         row |= {**record["model"], **record["train"]}
-        row |= {key: record[key] for key in ("architecture", "batch", "learned", "characters", "precision", "processes")}
+        row |= {key: record.get(key) for key in ("architecture", "batch", "learned", "characters", "precision", "processes")}
         row["parameters"] = record["parameters"]
         if metrics is not None:
             row |= {"best validation": metrics["val_loss"].min(), **metrics[["tokens", "seconds"]].iloc[-1].to_dict()}
@@ -1003,10 +1026,10 @@ def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
     return table[[c for c in table if c in kept or table[c].astype(str).nunique() > 1]]
 
 
-def plot_curves(runs: dict[str, Run], ax, metric: str = "val_loss", clock: str = "step", **style) -> None:
-    """One metric of several runs against "step", "tokens" or "seconds"."""
+def plot_curves(runs: dict[str, Run], ax, metric: str = "val_loss", clock: str = "step", colors: dict | None = None) -> None:
+    """One metric of several runs against "step", "tokens" or "seconds"; `colors` by the runs' names."""
     for name, run in runs.items():
-        ax.plot(run.metrics[clock], run.metrics[metric], label=name, **style)
+        ax.plot(run.metrics[clock], run.metrics[metric], label=name, color=(colors or {}).get(name))
     ax.set(xlabel=clock, ylabel=metric)
 
 
@@ -1356,6 +1379,22 @@ def _on_device(model, *tensors: Tensor):
 
 
 @_inference
+def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
+    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
+    sequences, mask = _on_device(model, sequences, _check_maskable(sequences, mask))
+    return _nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
+
+
+def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """BoolTensor[K, B, L]: exactly `count` LongTensor[K, B] of each row's `maskable` tokens BoolTensor[B, L], at random."""
+    noise = _uniform((*count.shape, maskable.shape[-1]), maskable, generator).masked_fill(~maskable, 2.0)
+    return noise.argsort(dim=-1).argsort(dim=-1) < count[..., None]
+
+
+MANY_SAMPLES = 16  # from here on, nelbo spends more of its masks on small l
+
+
+@_inference
 def nelbo(
     model: MaskPredictor,
     sequences: Tensor,
@@ -1364,15 +1403,24 @@ def nelbo(
     n_samples: int,
     maskable: Tensor | None = None,
     cfg_scale: float = 0.0,
+    common_masks: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Unbiased estimate of an upper bound on -log p of each sequence, FloatTensor[B], nats (Eqs. 4 and 6).
 
     Each of a row's K = `n_samples` masks hides exactly l of its n maskable tokens and weighs their cross-entropies by n / l.
-    Two things lower the noise and leave the expectation alone. The fractions l / n are stratified over (0, 1], rows shifted
-    against each other; each single l stays uniform over 1..n. And what the *other* K - 1 masks say about token i is a control
-    variate b_i for this one: (n / l) sum_masked (CE_i - b_i) + sum_maskable b_i, where (n / l) sum_masked b_i has the expectation
-    sum_maskable b_i because this mask is independent of b.
+    Three things lower the noise and leave the expectation alone:
+
+    - l is stratified: mask k draws s uniformly from [k / K, (k + 1) / K), shifted against each other over the rows; l / n is s.
+    - A mean over l tokens is the noisier, the fewer they are. With many samples l / n is therefore s^2, which makes small l more
+      frequent, and dx = 2 s ds adds the weight 2 s.
+    - What the *other* K - 1 masks say is a control variate r_i for mask k, with its exact expectation added back: a level (with
+      many samples, a line in l / n), plus how much harder than that token i was. Mask k is independent of it, so
+      E[w (n / l) sum_masked r_i] = E[w] sum_maskable r_i.
+
+    Args:
+        maskable: BoolTensor[B, L], what is scored; default everything.
+        common_masks: all rows get the same masks (common random numbers; rows must be maskable in the same places).
 
     Raises:
         ValueError: n_samples < 1, or shapes that do not fit.
@@ -1381,21 +1429,39 @@ def nelbo(
         raise ValueError(f"n_samples={n_samples}: pass at least 1")
     maskable = _check_maskable(sequences, maskable)
     sequences, maskable = _on_device(model, sequences, maskable)
-    B, L = sequences.shape
-    n = maskable.sum(dim=1)
-    shift = (_uniform((1,), sequences, generator, torch.float64) + torch.arange(B, device=n.device) / B) % 1
-    fraction = (torch.arange(n_samples, device=n.device)[:, None] + shift) / n_samples  # [K, B], stratified over [0, 1)
-    count = torch.minimum((n * fraction).long() + 1, n)[..., None]  # l, uniform on 1..n
-    noise = _uniform((n_samples, B, L), sequences, generator).masked_fill(~maskable, 2.0)
-    mask = noise.argsort(dim=-1).argsort(dim=-1) < count  # [K, B, L]
-    rows = [x.expand_as(mask).reshape(-1, L) for x in (sequences, ~maskable)]
-    nll = _nll(model, rows[0].masked_fill(mask.view(-1, L), mask_id), rows[0], mask.view(-1, L), rows[1], mask_id, cfg_scale)
+    (B, L), n = sequences.shape, maskable.sum(dim=1)
+    many = n_samples >= MANY_SAMPLES
+    power = 2 if many else 1
+    drawn = slice(0, 1) if common_masks else slice(None)
+    shift = _uniform((n_samples, 1), sequences, generator, torch.float64)
+    shift = (shift + torch.arange(B, device=n.device)[drawn] / B) % 1
+    edge = torch.arange(n_samples + 1, device=n.device, dtype=torch.float64)[:, None] / n_samples
+    s = edge[:-1] + shift / n_samples  # [K, B], or [K, 1] if the masks are common
+    x, weight = s**power, power * s ** (power - 1)
+    count = torch.minimum((n[drawn] * x).long() + 1, n[drawn])
+    mask = exact_masks(count, maskable[drawn], generator).expand(n_samples, B, L)
+    rows = [z.expand_as(mask).reshape(-1, L) for z in (sequences, ~maskable, mask)]
+    nll = _nll(model, rows[0].masked_fill(rows[2], mask_id), rows[0], rows[2], rows[1], mask_id, cfg_scale)
     nll = nll.view_as(mask).double()
+
+    def others(values: Tensor) -> Tensor:
+        return values.sum(dim=0) - values
+
     known = nll.clamp(max=100.0)  # an impossible token costs infinity, but must not enter its own baseline as infinity - infinity
-    others, seen = known.sum(dim=0) - known, mask.sum(dim=0) - mask.long()  # what the other masks say of each token
-    typical = others.sum(dim=-1, keepdim=True) / seen.sum(dim=-1, keepdim=True).clamp(min=1)
-    baseline = torch.where(seen > 0, others / seen.clamp(min=1), typical) * maskable
-    estimate = ((nll - baseline) * mask).sum(dim=-1) * n / count[..., 0].clamp(min=1) + baseline.sum(dim=-1)
+    total, hidden = known.sum(dim=-1), mask.double()
+    size, size_x, level = others(count.double()).clamp(min=1), others(count * x), others(total)
+    slope = torch.zeros_like(level)
+    if many:  # least squares, each mask's mean weighing l
+        spread = size * others(count * x * x) - size_x**2
+        slope = torch.where(spread > 0, (size * others(total * x) - size_x * level) / spread.clamp(min=1e-12), 0.0)
+    level = (level - slope * size_x) / size
+    seen = others(hidden)
+    harder = others(known) - level[..., None] * seen - slope[..., None] * others(hidden * x[..., None])
+    harder = harder / (seen + 1) * maskable  # shrunk toward zero, since few masks say little
+    baseline = (level + slope * x)[..., None] + harder
+    w, wx = n_samples * (edge**power).diff(dim=0), n_samples * (edge ** (2 * power)).diff(dim=0) / 2  # means over s
+    estimate = weight * n / count.clamp(min=1) * ((nll - baseline) * hidden).sum(dim=-1)
+    estimate = estimate + n * (level * w + slope * wx) + w * harder.sum(dim=-1)
     return estimate.mean(dim=0).float()
 
 
@@ -1448,23 +1514,31 @@ def choose(
     *,
     n_samples: int,
     cfg_scale: float = 0.0,
+    suffix: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[int, list[float]]:
     """Index of the likeliest option after prompt LongTensor[P], and each option's log-likelihood bound in nats (Eq. 6).
 
-    Options of one length are hidden by the same masks (common random numbers), which takes shared noise out of the comparison.
+    `suffix` LongTensor[S]: what stands after the option and is seen too. Options of one length are scored in one batch, hidden by
+    the same masks (common random numbers), which takes shared noise out of the comparison.
+
+    Raises:
+        ValueError: no option, an empty one, or shapes that are not vectors.
     """
     if not options or any(o.ndim != 1 or len(o) == 0 for o in options) or prompt.ndim != 1:
         raise ValueError("pass a prompt of shape [P] and at least one option of shape [R], R >= 1")
+    suffix = prompt[:0] if suffix is None else suffix
     seed = int(_uniform((1,), prompt, generator, torch.float64) * 2**53)
-    scores = []
-    for option in options:
-        row = torch.cat((prompt, option)).unsqueeze(0)
-        maskable = (torch.arange(row.shape[1], device=row.device) >= len(prompt)).unsqueeze(0)
-        same = torch.Generator().manual_seed(seed)
-        bound = nelbo(model, row, mask_id, n_samples=n_samples, maskable=maskable, cfg_scale=cfg_scale, generator=same)
-        scores.append(min(0.0, -float(bound)))  # the control variate may overshoot by a little, log p cannot
-    return int(np.argmax(scores)), scores
+    scores = torch.zeros(len(options))
+    for length in {len(option) for option in options}:
+        chosen = [i for i, option in enumerate(options) if len(option) == length]
+        rows = torch.stack([torch.cat((prompt, options[i], suffix)) for i in chosen])
+        position = torch.arange(rows.shape[1], device=rows.device)
+        maskable = ((position >= len(prompt)) & (position < len(prompt) + length)).expand_as(rows)
+        same = {"common_masks": True, "generator": torch.Generator().manual_seed(seed)}
+        bounds = nelbo(model, rows, mask_id, n_samples=n_samples, maskable=maskable, cfg_scale=cfg_scale, **same)
+        scores[chosen] = -bounds.cpu().clamp(min=0.0)  # the control variate may overshoot by a little, log p cannot
+    return int(scores.argmax()), scores.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1563,23 +1637,25 @@ def fill_report(text: str, tables: Path = FIGURES / "tables") -> str:
     """Put the tables' numbers between the markers of a Markdown text.
 
     `<!-- table NAME -->...<!-- end -->` becomes the table, `<!-- NAME ; ROW ; COLUMN -->...<!-- end -->` one cell, where ROW
-    is the value of the first column. ValueError if a marker names what is not there.
+    is the value of the first column. Markers of tables that were not made here are left as they are. ValueError if a table lacks
+    the row or column.
     """
 
     def number(match: re.Match) -> str:
         name, row, column = match.group(2, 3, 4)
+        if not (tables / f"{name}.csv").exists():
+            return match.group()
         table = pd.read_csv(tables / f"{name}.csv", dtype=str, keep_default_na=False)
         found = table.loc[table.iloc[:, 0] == row]
         if len(found) != 1 or column not in table:
             raise ValueError(f"{match.group(1)}: {name}.csv has {len(found)} rows {row!r}; its columns are {list(table)}")
         return f"{match.group(1)}{found.iloc[0][column]}<!-- end -->"
 
-    text = re.sub(
-        r"(<!-- table (\S+) -->).*?<!-- end -->",
-        lambda match: f"{match.group(1)}\n{markdown_table(tables / (match.group(2) + '.csv'))}\n<!-- end -->",
-        text,
-        flags=re.DOTALL,
-    )
+    def whole(match: re.Match) -> str:
+        path = tables / f"{match.group(2)}.csv"
+        return f"{match.group(1)}\n{markdown_table(path)}\n<!-- end -->" if path.exists() else match.group()
+
+    text = re.sub(r"(<!-- table (\S+) -->).*?<!-- end -->", whole, text, flags=re.DOTALL)
     return re.sub(r"(<!-- ([\w-]+) ; (.*?) ; (.*?) -->).*?<!-- end -->", number, text, flags=re.DOTALL)
 
 
@@ -1694,6 +1770,12 @@ class Preset:
     texts: int  # generated texts per decoder, a multiple of GROUPS
     blanks: int  # windows with a blank to fill
     candidates: int  # AR's guesses per blank, for rescoring
+    probes: int  # windows for the loss by masking rate and by position
+    noise: tuple[int, int, tuple[int, ...]]  # windows, repeats and passes in the comparison of estimators
+    chains: tuple[int, int]  # windows and orders of the any-order chains
+    gradient_batches: int  # batches for the noise of the gradient
+    items: int  # questions of the multiple choice
+    choice_samples: tuple[int, ...]  # masks per option
     step_counts: tuple[int, ...] = field(default=())
     compiled: bool = False
 
@@ -1709,7 +1791,7 @@ class Preset:
         }
 
 
-SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 4_000), (10, 40))
+SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 2_000, 4_000), (10, 40))
 PRESETS = {
     "smoke": Preset(
         "smoke", 64, 2, 2, 32, 0.0,
@@ -1717,17 +1799,16 @@ PRESETS = {
         ablation=(TrainConfig(10, 16, evals=1, eval_windows=32), TrainConfig(20, 16, evals=1, eval_windows=32)),
         crossover=(SMALL_CROSSOVER, SMALL_CROSSOVER), recipe=(1, 2),
         nelbo_samples=1, texts=16, blanks=16, candidates=2,
+        probes=16, noise=(4, 3, (4, 16, 32)), chains=(4, 4), gradient_batches=3, items=12, choice_samples=(1, 2),
         step_counts=(4, 16, 64),
     ),
     "cpu": Preset(
         "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=25), TrainConfig(800, 32, evals=20),
-        ablation=(TrainConfig(60, 16, evals=1), TrainConfig(300, 16, evals=10)),
-        crossover=(
-            SMALL_CROSSOVER,
-            Crossover(64, 4, 4, 96, 32, (20_000, 80_000, 320_000), (400, 1_600, 6_400)),
-        ),
-        recipe=(5, 300),
+        ablation=(TrainConfig(60, 16, evals=1), TrainConfig(250, 16, evals=5)),
+        crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 40_000, 160_000), (500, 2_000, 8_000))),
+        recipe=(5, 180),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
+        probes=256, noise=(16, 16, (4, 16, 64)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
     ),
     "gpu": Preset(
@@ -1740,6 +1821,8 @@ PRESETS = {
         ),
         recipe=(100, 5000),
         nelbo_samples=16, texts=128, blanks=1000, candidates=8,
+        probes=512, noise=(32, 32, (4, 16, 128)), chains=(32, 64), gradient_batches=64, items=1000,
+        choice_samples=(1, 4, 16, 64, 128),
         step_counts=(4, 8, 16, 32, 64, 128, 256), compiled=False,
     ),
 }  # fmt: skip
@@ -1868,19 +1951,19 @@ def recipe_jobs(preset: Preset, steps: int, vocab_size: int, train_ids: Tensor, 
     return {"MDLM tutorial's recipe": [tutorial], "ours": [preset.jobs(vocab_size, train_ids, val_ids)["LLaDA"]]}
 
 
-def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "") -> pd.DataFrame:
-    """Train every job (or load it) and write figures/tables/NAME.csv, a row for each entry of `jobs`, with its provenance.
+def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", quiet: bool = False) -> pd.DataFrame:
+    """Train every job (or load it); write figures/tables/NAME.csv, a row for each entry of `jobs`, and NAME_curves.csv.
 
     Each row's seeds are averaged window by window; the interval is over windows. The difference to the first row is paired: the
     same windows and masks. `only`: rows that match this regular expression; nothing is written then.
     """
-    rows, first = [], None
+    rows, curves, first = [], [], None
     for index, (row, trials) in enumerate(jobs.items()):
         if not re.search(only, row):
             continue
         job = trials[0]
         fast = compiled and job.architecture is Transformer
-        runs = [train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast) for trial in trials]
+        runs = [train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
         sequences = job.validation_sequences()
         learned = job.learned(sequences)
         nats = torch.stack([validation_nats(run.model, sequences, learned, job.autoregressive).cpu() for run in runs]).mean(dim=0)
@@ -1894,25 +1977,28 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "") -
         line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
         line |= {"characters": job.train_ids.numel(), "epochs": summary["tokens"] / job.train_ids.numel()}
         line |= {"seconds": np.mean([run.summary["seconds"] for run in runs]), "fingerprint": suite_mark(trials)}
+        curves += [run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials)]
         record = json.loads((runs[0].path / "run.json").read_text())
         rows.append(line | {"device": record["device"], "commit": record["commit"]})
-    table = pd.DataFrame(rows)
-    return table.round(4) if only else save_table(table, name)
+    if only:
+        return pd.DataFrame(rows).round(4)
+    save_table(pd.concat(curves)[["row", "seed", "step", "tokens", "seconds", "train_loss", "val_loss"]], f"{name}_curves")
+    return save_table(pd.DataFrame(rows), name)
 
 
 def suite_mark(trials: list[Job]) -> str:
     return "+".join(job.fingerprint() for job in trials)
 
 
-def experiment(name: str, full: Jobs, short: Jobs, **options) -> pd.DataFrame:
-    """figures/tables/NAME.csv if it holds the results of `full` as the code is now, else those of `short`, trained here."""
-    path = FIGURES / "tables" / f"{name}.csv"
-    if path.exists():
-        table = pd.read_csv(path)
-        known = dict(zip(table["row"], table["fingerprint"])) if {"row", "fingerprint"} <= set(table) else {}
-        if known == {row: suite_mark(trials) for row, trials in full.items()}:
-            return table
-    return run_jobs(name, short, **options)
+def experiment(name: str, full: Jobs, short: Jobs) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """NAME.csv and NAME_curves.csv if they hold the results of `full` as the code is now, else those of `short`, trained here."""
+    path, curves = (FIGURES / "tables" / f"{file}.csv" for file in (name, f"{name}_curves"))
+    known = pd.read_csv(path) if path.exists() and curves.exists() else pd.DataFrame()
+    marks = dict(zip(known["row"], known["fingerprint"])) if {"row", "fingerprint"} <= set(known) else {}
+    if marks == {row: suite_mark(trials) for row, trials in full.items()}:
+        print(f"{name}: the full suite, read from {path}")
+        return known, pd.read_csv(curves)
+    return run_jobs(name, short, quiet=True), pd.read_csv(curves)
 
 
 def main(arguments: list[str] | None = None) -> None:

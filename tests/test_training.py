@@ -1,32 +1,48 @@
 """Section 5: a run is complete, resumed exactly, or refused; never half of each."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 import llada_helpers as h
 
 MODEL = h.ModelConfig(vocab_size=10, seq_len=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
+STEADY = replace(MODEL, dropout=0.0)
 CONFIG = h.TrainConfig(steps=8, batch_size=4, evals=4, eval_windows=4)
 TRAIN_IDS = torch.randint(4, 10, (200,), generator=torch.Generator().manual_seed(0))
 VAL_IDS = torch.randint(4, 10, (60,), generator=torch.Generator().manual_seed(1))  # its last window is padded
 
 
+def job_of(config=CONFIG, model=MODEL, train_ids=TRAIN_IDS, val_ids=VAL_IDS, module=h, **more):
+    return module.Job(model, config, train_ids, val_ids, **more)
+
+
 def train(root, config=CONFIG, model=MODEL, **more):
-    return h.train("tiny", model, config, TRAIN_IDS, VAL_IDS, root=root, **more)
+    return h.train("tiny", job_of(config, model, **more), root=root)
+
+
+def val_loss(model, rows, learned=h.real_tokens, autoregressive=False):
+    counted = learned(rows)
+    return float(h.validation_nats(model, rows, counted, autoregressive).sum() / counted.sum())
 
 
 def checkpoint(run, root):
@@ -57,6 +73,22 @@ def same_result(a, root_a, b, root_b):
         assert torch.equal(p, q)
 
 
+class Killed(BaseException):
+    """Death without clean-up."""
+
+
+def stops_at(step):
+    """A progress bar with Ctrl-C in the middle of training step `step`."""
+
+    class Bar(h.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == step:
+                raise KeyboardInterrupt
+
+    return Bar
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     root = tmp_path_factory.mktemp("reference")
@@ -65,18 +97,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def interrupt_at(monkeypatch):
-    """Ctrl-C in the middle of training step `step`."""
-
-    def install(step):
-        class Bar(h.tqdm):
-            def update(self, n=1):
-                super().update(n)
-                if self.n == step:
-                    raise KeyboardInterrupt
-
-        monkeypatch.setattr(h, "tqdm", Bar)
-
-    return install
+    return lambda step: monkeypatch.setattr(h, "tqdm", stops_at(step))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -85,7 +106,7 @@ def test_training_learns_and_leaves_its_record(tmp_path, causal):
     ids = torch.full((100,), 5)
     config = h.TrainConfig(steps=30, batch_size=4, evals=3, eval_windows=4, adamw_lr=0.05)
     model = h.ModelConfig(10, 8, 1, 2, 8, causal=causal)
-    run = h.train("learn", model, config, ids, ids[:30], root=tmp_path)
+    run = h.train("learn", h.Job(model, config, ids, ids[:30]), root=tmp_path)
     assert run.metrics.val_loss.iloc[-1] < 0.5 < run.metrics.train_loss.iloc[0]
     assert list(run.metrics.columns) == ["step", "tokens", "seconds", "train_loss", "val_loss", "lr", "grad_norm"]
     assert run.metrics.step.tolist() == [10, 20, 30]
@@ -98,7 +119,7 @@ def test_training_learns_and_leaves_its_record(tmp_path, causal):
     assert list(run.path.glob("events.out.tfevents*"))
     folder = tmp_path / "checkpoints" / run.path.name
     assert {p.name for p in (folder / "best").iterdir()} >= {"config.json", "model.safetensors"}
-    assert sorted(p.name for p in folder.iterdir()) == ["best", "last.safetensors"], "no temporary file is left"
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "last.safetensors", "previous.safetensors"]
     assert json.loads((run.path / "final.json").read_text()) == run.summary
     assert run.path.parent == tmp_path / "runs" and not run.model.training
 
@@ -108,7 +129,7 @@ def test_best_model_is_the_one_returned(tmp_path):
     run = train(tmp_path)
     windows = h.windows(VAL_IDS, MODEL.seq_len)
     spread = torch.linspace(0, len(windows) - 1, 4).long()
-    assert h.validation_loss(run.model, windows[spread]) == pytest.approx(run.summary["best"], abs=1e-6)
+    assert val_loss(run.model, windows[spread]) == pytest.approx(run.summary["best"], abs=1e-6)
     assert run.summary["best"] == run.metrics.val_loss.min()
 
 
@@ -124,6 +145,16 @@ def test_complete_run_is_loaded_not_trained(reference, monkeypatch):
     for p, q in zip(run.model.parameters(), again.model.parameters()):
         assert torch.equal(p, q)
     pd.testing.assert_frame_equal(again.metrics, run.metrics)
+
+
+def test_run_is_known_by_its_fingerprint_whatever_its_name(stopped, tmp_path):
+    """The ablations' first row is the main run: it is gone on with, and then loaded, where it lies."""
+    root = shutil.copytree(stopped, tmp_path / "copy")
+    (folder,) = root.glob("runs/*")
+    run = h.train("other", job_of(), root=root)
+    assert run.path == folder and (folder / "final.json").exists() and run.metrics.step.tolist() == [2, 4, 6, 8]
+    assert h.train("third", job_of(), root=root).summary == run.summary
+    assert list(root.glob("runs/*")) == [folder] and len(list(root.glob("checkpoints/*"))) == 1
 
 
 def test_retrain_forces(reference, monkeypatch):
@@ -170,25 +201,21 @@ def test_interrupted_during_validation(reference, tmp_path, patch_like, monkeypa
 
         return wrapped
 
-    patch_like(h, "validation_loss", third_call_is_interrupted)
+    patch_like(h, "validation_nats", third_call_is_interrupted)
     broken = train(tmp_path)
     assert len(broken.metrics) == 2 and broken.path.name == run.path.name
     monkeypatch.undo()
     same_result(run, root, train(tmp_path), tmp_path)
 
 
-FILES = ["config.json", "model.safetensors", "last.safetensors", "metrics.csv"]
+FILES = ["config.json", "model.safetensors", "previous.safetensors", "last.safetensors", "metrics.csv"]
 
 
-@pytest.mark.parametrize("file, occasion", [*((f, n) for f in FILES for n in (1, 4)), ("final.json", 1)])
+@pytest.mark.parametrize("file, occasion", [*((f, n) for f in FILES for n in (1, 4 - (f[0] == "p"))), ("final.json", 1)])
 def test_killed_just_before_a_file_appears(reference, tmp_path, monkeypatch, file, occasion):
     """Death (no clean-up) at each rename: the next call still ends where the uninterrupted run does, metrics.csv included."""
     run, root = reference
     seen = []
-
-    class Killed(BaseException):
-        pass
-
     replace = os.replace
 
     def deadly(source, target):
@@ -213,10 +240,6 @@ def test_killed_while_the_checkpoint_is_being_written(reference, tmp_path, monke
     """Half a file under its final name would be refused by the next call; the last whole checkpoint must survive."""
     run, root = reference
     seen = []
-
-    class Killed(BaseException):
-        pass
-
     save_file = h.save_file
 
     def half(tensors, path, metadata=None):
@@ -248,32 +271,40 @@ def test_interrupted_retraining_is_not_taken_for_complete(reference, tmp_path, i
 
 
 KILLED = h.TrainConfig(steps=120, batch_size=4, evals=60, eval_windows=1)
+PYTHONPATH = os.pathsep.join([str(Path(h.__file__).resolve().parent), str(Path(__file__).resolve().parent)])
 SCRIPT = """
-import torch, llada_helpers as h, test_training as t
+import test_training as t
 t.train({root!r}, config=t.KILLED)
 """
 
 
+def newest_step(folder):
+    """Of the checkpoints as they lie there; last.safetensors may be missing for a moment, between two renames."""
+    steps = [0]
+    for name in ("last", "previous"):
+        for path in folder.glob(f"checkpoints/*/{name}.safetensors"):
+            with contextlib.suppress(OSError):
+                steps.append(read_state(path)[1]["step"])
+    return max(steps)
+
+
 def test_sigkill_at_random_moments_then_resume(tmp_path):
-    """kill -9 between or within steps, checkpoints and renames, twice; then the bits are those of a run never killed."""
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(Path(h.__file__).resolve().parent), str(here)])
+    """kill -9 between or within steps, checkpoints and renames, three times; then the bits are those of a run never killed."""
     moments = random.Random(0)
     folder = tmp_path / "killed"
     script = SCRIPT.format(root=str(folder))
     step = 0
-    for _ in range(2):
+    for _ in range(3):
         child = subprocess.Popen(
             [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
         try:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and child.poll() is None:
-                found = list(folder.glob("checkpoints/*/last.safetensors"))
-                if found and read_state(found[0])[1]["step"] > step:
+                if newest_step(folder) > step:
                     break
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.15))
@@ -282,30 +313,176 @@ def test_sigkill_at_random_moments_then_resume(tmp_path):
         finally:
             child.kill()
         assert child.returncode == -signal.SIGKILL, errors.decode()[-2000:]
-        step = read_state(next(iter(folder.glob("checkpoints/*/last.safetensors"))))[1]["step"]
+        step = newest_step(folder)
     assert 0 < step < KILLED.steps and not list(folder.glob("runs/*/final.json"))
     resumed, whole = train(folder, config=KILLED), train(tmp_path / "whole", config=KILLED)
     same_result(whole, tmp_path / "whole", resumed, folder)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 300, -10])
-def test_damaged_checkpoint_is_refused_by_name(tmp_path, interrupt_at, monkeypatch, keep):
-    interrupt_at(5)
-    broken = train(tmp_path)
-    monkeypatch.undo()
-    path = checkpoint(broken, tmp_path) / "last.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run interrupted at step 5: last.safetensors is of step 4, previous.safetensors of step 2."""
+    root = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h, "tqdm", stops_at(5))
+        train(root)
+    return root
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """A copy of it to damage: root, last.safetensors, previous.safetensors."""
+    root = shutil.copytree(stopped, tmp_path / "copy")
+    (folder,) = root.glob("checkpoints/*")
+    last, previous = folder / "last.safetensors", folder / "previous.safetensors"
+    assert [read_state(p)[1]["step"] for p in (last, previous)] == [4, 2]
+    return root, last, previous
+
+
+def cut(keep):
+    return lambda data: data[:keep]
+
+
+def flip_a_weight(data):
+    header = 8 + int.from_bytes(data[:8], "little")
+    middle = header + (len(data) - header) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def flip_in_the_notes(before, after):
+    """One flipped bit in the JSON text of the header, which says where to go on."""
+
+    def flip(data):
+        assert data.count(before) == 1 and sum((a ^ b).bit_count() for a, b in zip(before, after)) == 1
+        return data.replace(before, after)
+
+    return flip
+
+
+DAMAGE = {
+    **{f"cut to {n}": cut(n) for n in (0, 5, 300, -10)},
+    "weight": flip_a_weight,
+    "step": flip_in_the_notes(rb'"meta":"{\"step\": 4', rb'"meta":"{\"step\": 6'),
+    "key": flip_in_the_notes(rb'\"fingerprint\"', rb'\"gingerprint\"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_passed_over_for_the_previous_one(reference, copy, damage):
+    (run, reference_root), (root, last, _) = reference, copy
+    last.write_bytes(DAMAGE[damage](last.read_bytes()))
+    with pytest.warns(UserWarning, match=rf"{re.escape(str(last))} is damaged.*step 2"):
+        resumed = train(root)
+    same_result(run, reference_root, resumed, root)
+
+
+@pytest.mark.parametrize("damage", ["cut to 0", "cut to -10", "weight"])
+def test_two_damaged_checkpoints_are_refused_by_name(copy, damage):
+    root, last, previous = copy
+    for path in (last, previous):
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(ValueError, match=r"last\.safetensors") as error:
-        train(tmp_path)
-    assert str(path) in str(error.value) and "delete" in str(error.value)
+        train(root)
+    assert str(last) in str(error.value) and "delete" in str(error.value)
+    assert not list(root.glob("runs/*/final.json"))
 
 
-def mark(model=MODEL, config=CONFIG, train_ids=TRAIN_IDS, val_ids=VAL_IDS, make_batch=h.diffusion_batch, module=h):
-    return module.fingerprint(model, config, train_ids, val_ids, make_batch)
+@pytest.mark.parametrize("occasion", [1, 2, 3])
+def test_damaged_checkpoint_does_not_replace_the_sound_one(reference, copy, monkeypatch, occasion):
+    """A kill while a checkpoint after the damage is put in place must not leave the damaged one alone."""
+    (run, reference_root), (root, last, _) = reference, copy
+    last.write_bytes(flip_a_weight(last.read_bytes()))
+    rename, seen = os.replace, []
+
+    def deadly(source, target):
+        if Path(target).name == "last.safetensors":
+            seen.append(source)
+            if len(seen) == occasion:
+                raise Killed
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.os, "replace", deadly)
+        with pytest.warns(UserWarning, match="damaged"), pytest.raises(Killed):
+            train(root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = train(root)
+    same_result(run, reference_root, resumed, root)
+
+
+def test_warning_points_at_the_caller(copy):
+    """A warning that is shown at a line of contextlib helps nobody."""
+    root, last, _ = copy
+    last.write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        train(root)
+    assert [Path(w.filename).name for w in caught] == [Path(__file__).name]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """The last.safetensors of a run that differs in its seed alone: all shapes are those of ours."""
+    root = tmp_path_factory.mktemp("foreign")
+    return checkpoint(train(root, config=replace(CONFIG, seed=1)), root) / "last.safetensors"
+
+
+def test_checkpoint_of_another_run_is_passed_over(reference, copy, foreign):
+    (run, reference_root), (root, last, _) = reference, copy
+    shutil.copy(foreign, last)
+    with pytest.warns(UserWarning, match=f"another run, {mark(config=replace(CONFIG, seed=1))}.*step 2"):
+        resumed = train(root)
+    same_result(run, reference_root, resumed, root)
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "previous.safetensors"])
+def test_checkpoint_of_another_run_alone_is_refused(copy, foreign, name):
+    root, last, previous = copy
+    last.unlink()
+    previous.unlink()
+    shutil.copy(foreign, last.with_name(name))
+    with pytest.raises(ValueError, match=rf"{name} is of another run, {mark(config=replace(CONFIG, seed=1))}.*{mark()}"):
+        train(root)
+
+
+def test_killed_between_the_two_renames_of_a_checkpoint(reference, tmp_path, monkeypatch):
+    """The moment when there is a previous.safetensors and no last.safetensors: no warning, no step lost but the last two."""
+    run, root = reference
+    rename = os.replace
+
+    def deadly(source, target):
+        rename(source, target)
+        if Path(target).name == "previous.safetensors":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.os, "replace", deadly)
+        with pytest.raises(Killed):
+            train(tmp_path)
+    (folder,) = tmp_path.glob("checkpoints/*")
+    assert not (folder / "last.safetensors").exists() and read_state(folder / "previous.safetensors")[1]["step"] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = train(tmp_path)
+    same_result(run, root, resumed, tmp_path)
+
+
+def test_interrupted_before_the_first_validation_returns_the_model_as_it_is(tmp_path, interrupt_at):
+    """Not a third one, freshly drawn: with `start`, that would hand back noise for a trained model."""
+    start = trained_like(STEADY)
+    interrupt_at(1)
+    run = train(tmp_path, model=STEADY, config=replace(CONFIG, muon_lr=1e-9, adamw_lr=1e-9), start=start)
+    assert len(run.metrics) == 0
+    for p, q in zip(run.model.parameters(), start.parameters()):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def mark(**changes):
+    return job_of(**changes).fingerprint()
 
 
 def test_fingerprint_is_stable():
-    assert mark() == mark(train_ids=TRAIN_IDS.clone()) and len(mark()) == 12
+    assert mark() == mark(train_ids=TRAIN_IDS.clone()) == mark(make_batch=h.diffusion_batch) and len(mark()) == 12
 
 
 @pytest.mark.parametrize(
@@ -316,12 +493,20 @@ def test_fingerprint_is_stable():
         {"config": h.TrainConfig(steps=8, batch_size=4, evals=4, eval_windows=4, muon_lr=0.021)},
         {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.1, causal=True)},
         {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.2)},
+        {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.1, rotary_base=123.0)},
+        {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.1, attention_scale=1.23)},
         {"train_ids": torch.cat((TRAIN_IDS[:-1], TRAIN_IDS[-1:] % 6 + 4))},
         {"val_ids": VAL_IDS.flip(0)},
         {"make_batch": h.next_token_batch},
+        {"learned": h.response_tokens},
+        {"config": replace(CONFIG, accumulation=2)},
+        {"config": replace(CONFIG, muon_lr=0.0), "architecture": h.PostNormEncoder},
         {"train_ids": torch.cat((TRAIN_IDS, VAL_IDS[:20])), "val_ids": VAL_IDS[20:]},
     ],
-    ids=["steps", "seed", "rate", "causal", "dropout", "training data", "validation data", "batch", "split point"],
+    ids=[
+        *("steps", "seed", "rate", "causal", "dropout", "rotary base", "attention scale", "training data", "validation data"),
+        *("batch", "learned tokens", "accumulation", "architecture", "split point"),
+    ],
 )
 def test_fingerprint_changes_with(change):
     assert mark(**change) != mark()
@@ -332,25 +517,62 @@ def test_fingerprint_changes_with(change):
     [
         (r"< t\[:, None\]\) & maskable", "<= t[:, None]) & maskable"),
         (r"b, c = 3\.4445", "b, c = 3.4444"),
-        (r"(?m)^ROTARY_BASE = .*$", "ROTARY_BASE = 123.0"),
-        (r"(?m)^ATTENTION_SCALE = .*$", "ATTENTION_SCALE = 1.23"),
         (r"\(a \* cos \+ b \* sin,", "(a * cos - b * sin,"),
+        (r"\(separator\.cumsum\(dim=1\) > 0\)", "(separator.cumsum(dim=1) >= 0)"),
+        (r"t=1 - torch\.rand\(len\(sequences\), generator=generator\)\)", "t=torch.ones(len(sequences)))"),
+        (r"return torch\.rand\(shape, generator=generator, device=device, dtype=dtype\)", "return torch.zeros(shape)"),
     ],
-    ids=["forward process", "Muon", "rotary base", "attention scale", "rotation"],
+    ids=["forward process", "Muon", "rotation", "learned tokens", "what the batch function calls", "random numbers"],
 )
 def test_fingerprint_changes_with_the_code_of_the_training_path(tmp_path, old, new):
     """Else a run trained by other code would be loaded as if it were this code's."""
     edited_source, count = re.subn(old, new, Path(h.__file__).read_text())
-    assert count == 1, "the line that this test edits has changed"
+    assert count, "the line that this test edits has changed"
     (tmp_path / "edited.py").write_text(edited_source)
     spec = importlib.util.spec_from_file_location("edited_helpers", tmp_path / "edited.py")
     sys.modules["edited_helpers"] = edited = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(edited)
         model, config = edited.ModelConfig(10, 8, 1, 2, 8, dropout=0.1), edited.TrainConfig(8, 4, evals=4, eval_windows=4)
-        assert mark(model, config, make_batch=edited.diffusion_batch, module=edited) != mark()
+        change = {"model": model, "config": config, "module": edited}
+        change |= {"make_batch": edited.masked_mean, "learned": edited.response_tokens}
+        assert mark(**change) != mark(make_batch=h.masked_mean, learned=h.response_tokens)
     finally:
         del sys.modules["edited_helpers"]
+
+
+def test_fingerprint_is_of_the_code_that_runs_not_of_the_file_as_it_was_edited_since(tmp_path):
+    """Ablations run for hours: an edit meanwhile must not put other code's mark (or half a function's) on their results."""
+    path = tmp_path / "edited.py"
+    shutil.copy(h.__file__, path)
+    spec = importlib.util.spec_from_file_location("edited_helpers", path)
+    sys.modules["edited_helpers"] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        path.write_text("# A line more.\n" * 7 + path.read_text())
+        assert mark(module=module) == mark()
+        path.write_text("")
+        assert mark(module=module) == mark()
+    finally:
+        del sys.modules["edited_helpers"]
+
+
+def trained_like(model, seed=0):
+    """A Transformer of which no weight is what a fresh one has."""
+    generator = torch.Generator().manual_seed(seed)
+    start = h.Transformer(model)
+    with torch.no_grad():
+        for p in start.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return start
+
+
+def test_fingerprint_changes_with_the_start():
+    start, nearly = trained_like(MODEL), trained_like(MODEL)
+    with torch.no_grad():
+        nearly.head.weight[3, 2] += 1e-4
+    marks = [mark(), mark(start=start), mark(start=nearly), mark(start=trained_like(MODEL, seed=1))]
+    assert len(set(marks)) == 4 and mark(start=trained_like(MODEL)) == marks[1]
 
 
 def test_changed_config_goes_to_another_directory(reference, tmp_path):
@@ -361,8 +583,8 @@ def test_changed_config_goes_to_another_directory(reference, tmp_path):
 
 
 def test_infinite_loss_names_the_step_and_keeps_the_good_checkpoint(tmp_path):
-    def poisoned(sequences, generator=None):
-        inputs, targets, weight = h.diffusion_batch(sequences, generator)
+    def poisoned(sequences, generator, learned):
+        inputs, targets, weight = h.diffusion_batch(sequences, generator, learned)
         calls.append(1)
         return inputs, targets, weight * (math.inf if len(calls) == 5 else 1)
 
@@ -376,7 +598,33 @@ def test_infinite_loss_names_the_step_and_keeps_the_good_checkpoint(tmp_path):
     assert not list(tmp_path.glob("runs/*/final.json"))
 
 
-@pytest.mark.parametrize("sizes", [{"steps": 0}, {"batch_size": 0}, {"evals": 0}])
+EXPLOSIVE = replace(CONFIG, steps=40, evals=20, adamw_lr=30.0, warmup=1.0)
+
+
+def test_exploding_training_stops(tmp_path):
+    """A finite loss far above that of a blank model: nothing more is learned, and the message says where it happened."""
+    with pytest.raises(RuntimeError, match=r"at step (\d+), learning rates (\S+) \(Muon\) and (\S+) \(AdamW\)") as error:
+        train(tmp_path, config=EXPLOSIVE)
+    step, muon, adamw = re.search(r"at step (\d+), learning rates (\S+) \(Muon\) and (\S+) \(AdamW\)", str(error.value)).groups()
+    factor = h.learning_rate_factor(int(step) - 1, EXPLOSIVE)
+    assert float(muon) == pytest.approx(0.02 * factor, rel=1e-2) and float(adamw) == pytest.approx(30 * factor, rel=1e-2)
+    (path,) = tmp_path.glob("checkpoints/*/last.safetensors")
+    assert str(path) in str(error.value) and "lower" in str(error.value)
+    assert 0 < read_state(path)[1]["step"] < int(step)
+    (folder,) = tmp_path.glob("runs/*")
+    assert not (folder / "final.json").exists()
+    assert pd.read_csv(folder / "metrics.csv").val_loss.max() < 3 * math.log(10)
+
+
+def test_exploding_at_the_first_validation_names_no_checkpoint(tmp_path):
+    """There is none yet."""
+    with pytest.raises(RuntimeError, match="at step 2") as error:
+        train(tmp_path, config=replace(EXPLOSIVE, warmup=0.0))
+    assert not list(tmp_path.glob("checkpoints/*/*.safetensors"))
+    assert "last.safetensors" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [{"steps": 0}, {"batch_size": 0}, {"evals": 0}, {"accumulation": 0}, {"eval_windows": 0}])
 def test_empty_training_is_refused(tmp_path, sizes):
     with pytest.raises(ValueError, match="pass"):
         train(tmp_path, config=h.TrainConfig(**{"steps": 2, "batch_size": 2, **sizes}))
@@ -391,7 +639,7 @@ def test_more_validations_than_steps(tmp_path):
 @pytest.mark.parametrize("make_batch", [h.diffusion_batch, h.next_token_batch])
 def test_batch_is_a_function_of_seed_and_step_alone(make_batch):
     def batch(seed, step):
-        return h.training_batch(TRAIN_IDS, 8, 4, seed, step, make_batch)
+        return h.training_batch(TRAIN_IDS, 8, 4, seed, step, make_batch, h.real_tokens)
 
     first = batch(0, 3)
     torch.manual_seed(99)
@@ -407,7 +655,7 @@ def test_batch_rows_are_windows_of_the_text_at_every_offset():
     ids = torch.arange(4, 16)
     starts = set()
     for step in range(60):
-        _, targets, _ = h.training_batch(ids, 5, 4, 0, step, h.diffusion_batch)
+        _, targets, _ = h.training_batch(ids, 5, 4, 0, step, h.diffusion_batch, h.real_tokens)
         for row in targets:
             assert row.tolist() == list(range(int(row[0]), int(row[0]) + 5))
             starts.add(int(row[0]))
@@ -415,7 +663,7 @@ def test_batch_rows_are_windows_of_the_text_at_every_offset():
 
 
 def test_text_shorter_than_a_window_is_padded():
-    _, targets, weight = h.training_batch(torch.tensor([5, 6]), 4, 3, 0, 0, h.diffusion_batch)
+    _, targets, weight = h.training_batch(torch.tensor([5, 6]), 4, 3, 0, 0, h.diffusion_batch, h.real_tokens)
     assert targets.tolist() == [[5, 6, 0, 0]] * 3 and (weight[:, 2:] == 0).all()
 
 
@@ -448,9 +696,260 @@ def test_validation_counts_real_tokens_only_and_repeats_itself():
     model = h.Transformer(MODEL).eval()
     rows = h.windows(VAL_IDS, 8)
     assert (rows == 0).any()
-    assert h.validation_loss(model, rows) == pytest.approx(math.log(10), abs=1e-5), "uniform: ln V per real token"
+    assert val_loss(model, rows) == pytest.approx(math.log(10), abs=1e-5), "uniform: ln V per real token"
     torch.nn.init.normal_(model.head.weight)
-    assert h.validation_loss(model, rows) == h.validation_loss(model, rows)
+    assert val_loss(model, rows) == val_loss(model, rows)
+
+
+def test_validation_counts_the_response_alone():
+    """A uniform model pays ln V for each response token; the exact AR model sees the prompt and is not asked for it."""
+    rows = torch.tensor([[4, 5, 6, 2, 7, 8, 3, 0], [9, 2, 5, 3, 0, 0, 0, 0], [4, 4, 4, 4, 4, 4, 2, 3]])
+    learned, counts = h.response_tokens(rows), torch.tensor([3.0, 2.0, 1.0])
+    seen = []
+
+    def uniform(ids):
+        seen.append(ids)
+        return torch.zeros(*ids.shape, 10)
+
+    nats = h.validation_nats(uniform, rows, learned, autoregressive=False)
+    assert torch.allclose(nats, counts * math.log(10), atol=1e-4)
+    masked = torch.cat(seen)
+    where = learned.repeat(len(masked) // len(rows), 1)
+    assert torch.equal(masked[~where], rows.repeat(len(masked) // len(rows), 1)[~where]), "the prompt stays visible"
+    model = trained_like(replace(STEADY, causal=True)).eval()
+    with torch.no_grad():
+        logp = model(torch.cat((torch.full((3, 1), h.START_ID), rows[:, :-1]), dim=1)).log_softmax(-1)
+    expected = -(logp.gather(2, rows[..., None])[..., 0] * learned).sum(dim=1)
+    assert torch.allclose(h.validation_nats(model, rows, learned, autoregressive=True), expected, atol=1e-4)
+
+
+@st.composite
+def conversations(draw):
+    """Rows: prompt, [START], response, padding; of one length."""
+    lengths = draw(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=6))
+    rows = torch.zeros(len(lengths), 9, dtype=torch.long)
+    for row, (prompt, response) in zip(rows, lengths):
+        size = prompt + 1 + response
+        row[:size] = torch.tensor(draw(st.lists(st.integers(4, 9), min_size=size, max_size=size)))
+        row[prompt] = h.START_ID
+    return rows
+
+
+@given(conversations(), st.integers(0, 10**6), st.integers(1, 8))
+def test_prompt_is_never_masked_and_never_counted(rows, step, batch_size):
+    known = {tuple(row) for row in rows.tolist()}
+    for make_batch in (h.diffusion_batch, h.next_token_batch):
+        inputs, targets, weight = h.training_batch(rows, 9, batch_size, 0, step, make_batch, h.response_tokens)
+        assert len(targets) == batch_size and {tuple(row) for row in targets.tolist()} <= known, "rows are taken whole"
+        response = h.response_tokens(targets)
+        assert (weight >= 0).all() and (weight[~response] == 0).all() and weight.isfinite().all()
+        if make_batch is h.diffusion_batch:
+            assert torch.equal(inputs[~response], targets[~response])
+            assert torch.equal(weight > 0, inputs == h.MASK_ID)
+        else:
+            assert (inputs[:, 0] == h.START_ID).all() and torch.equal(inputs[:, 1:], targets[:, :-1])
+            assert torch.equal(weight > 0, response)
+            assert float(weight.sum()) == pytest.approx(batch_size if response.any() else 0)
+
+
+def test_every_row_of_the_data_is_drawn():
+    rows = torch.arange(4, 4 + 7 * 5).view(7, 5)
+    drawn = [h.training_batch(rows, 5, 3, 0, step, h.diffusion_batch, h.real_tokens)[1] for step in range(40)]
+    assert torch.equal(torch.cat(drawn).unique(dim=0), rows)
+
+
+def responses(n, seed):
+    """Prompts of 3 characters, then one of them repeated to the end."""
+    first = torch.randint(4, 10, (n, 3), generator=torch.Generator().manual_seed(seed))
+    return torch.cat((first, torch.full((n, 1), h.START_ID), first[:, :1].expand(-1, 3), torch.full((n, 1), h.END_ID)), dim=1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_training_on_rows_learns_the_response(tmp_path, causal):
+    """Fine-tuning: below the loss of a model that knows the response's characters but has not read the prompt."""
+    config = h.TrainConfig(steps=150, batch_size=32, evals=3, eval_windows=40)
+    rows, held_out = responses(60, 0), responses(40, 1)
+    model = replace(STEADY, causal=causal, n_embd=32)
+    run = h.train("sft", h.Job(model, config, rows, held_out, learned=h.response_tokens), root=tmp_path)
+    assert run.metrics.tokens.iloc[-1] == 150 * 32 * 8
+    assert run.summary["best"] < math.log(6) / 4
+    assert run.summary["best"] == pytest.approx(val_loss(run.model, held_out, h.response_tokens, causal), abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [TRAIN_IDS[:72].view(9, 8), TRAIN_IDS[:24].view(3, 8)])
+def test_validation_rows_are_spread_over_the_data(rows):
+    chosen = job_of(val_ids=rows).validation_sequences()
+    assert len(chosen) == min(4, len(rows)) and torch.equal(chosen[0], rows[0]) and torch.equal(chosen[-1], rows[-1])
+    assert {tuple(r) for r in chosen.tolist()} <= {tuple(r) for r in rows.tolist()}
+
+
+def test_training_begins_at_the_start(tmp_path):
+    start = trained_like(STEADY)
+    before = [p.detach().clone() for p in start.parameters()]
+    config = h.TrainConfig(steps=1, batch_size=4, evals=1, eval_windows=4, muon_lr=1e-5, adamw_lr=1e-5)
+    run, fresh = train(tmp_path, config, STEADY, start=start), train(tmp_path, config, STEADY)
+    for p, q, old in zip(run.model.parameters(), start.parameters(), before):
+        assert torch.allclose(p, q, atol=1e-3) and not torch.equal(p, q), "one small step away"
+        assert torch.equal(q, old), "the model that was passed is not touched"
+    assert run.path != fresh.path
+    assert any(not torch.allclose(p, q, atol=0.1) for p, q in zip(run.model.parameters(), fresh.model.parameters()))
+
+
+def test_interrupted_training_from_a_start_goes_on(tmp_path, interrupt_at, monkeypatch):
+    """The start must not be loaded over the checkpoint."""
+    whole = train(tmp_path / "whole", start=trained_like(MODEL))
+    interrupt_at(5)
+    train(tmp_path / "broken", start=trained_like(MODEL))
+    monkeypatch.undo()
+    same_result(whole, tmp_path / "whole", train(tmp_path / "broken", start=trained_like(MODEL)), tmp_path / "broken")
+
+
+ADAMW = replace(CONFIG, muon_lr=0.0)
+KINDS = {
+    "AdamW alone": {"config": ADAMW},
+    "learned positions": {"model": replace(MODEL, rotary_base=None)},
+    "causal attention with the diffusion loss": {"model": replace(MODEL, causal=True), "make_batch": h.diffusion_batch},
+    "autoregressive": {"model": replace(MODEL, causal=True)},
+    "time conditioning": {"model": replace(MODEL, time_conditioning=True)},
+    "post-norm": {"config": ADAMW, "model": STEADY, "architecture": h.PostNormEncoder},
+    "micro-batches": {"config": replace(CONFIG, accumulation=2)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_is_resumed_saved_and_loaded(tmp_path, interrupt_at, monkeypatch, kind):
+    whole = train(tmp_path / "whole", **KINDS[kind])
+    causal_loss = kind == "autoregressive"
+    assert job_of(**KINDS[kind]).autoregressive is causal_loss
+    rows = job_of(**KINDS[kind]).validation_sequences()
+    assert val_loss(whole.model, rows, autoregressive=causal_loss) == pytest.approx(whole.summary["best"], abs=1e-5)
+    with monkeypatch.context():
+        interrupt_at(5)
+        train(tmp_path / "broken", **KINDS[kind])
+        monkeypatch.undo()
+    same_result(whole, tmp_path / "whole", train(tmp_path / "broken", **KINDS[kind]), tmp_path / "broken")
+    again = train(tmp_path / "whole", **KINDS[kind])
+    assert again.summary == whole.summary and again.model.config == whole.model.config
+    with torch.no_grad():
+        assert torch.equal(again.model(rows), whole.model(rows))
+
+
+@pytest.mark.parametrize("kind", ["learned positions", "causal attention with the diffusion loss", "post-norm", "AdamW alone"])
+def test_every_kind_of_training_learns(tmp_path, kind):
+    ids = torch.full((100,), 5)
+    change = {**KINDS[kind], "config": replace(KINDS[kind].get("config", CONFIG), steps=60, evals=2, adamw_lr=0.03)}
+    assert train(tmp_path, **change, train_ids=ids, val_ids=ids[:30]).metrics.val_loss.iloc[-1] < 0.5
+
+
+def test_without_muon_there_is_one_optimizer_for_everything():
+    model = h.Transformer(replace(MODEL, time_conditioning=True, rotary_base=None))
+    (optimizer,) = h.make_optimizers(model, ADAMW)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+
+
+PADDED = h.windows(TRAIN_IDS[:150], 8).masked_fill(torch.arange(8) >= torch.arange(1, 20)[:, None], h.PAD_ID)  # 1, 2, ... real
+SHARED = {
+    "llada": job_of(model=STEADY),
+    "ar": job_of(model=replace(STEADY, causal=True), train_ids=PADDED, config=replace(CONFIG, accumulation=2, batch_size=8)),
+}
+
+
+def same_up_to_rounding(a, b):
+    for column in ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm"):
+        assert a.metrics[column].tolist() == pytest.approx(b.metrics[column].tolist(), rel=1e-4, abs=1e-5), column
+    assert a.summary["best"] == pytest.approx(b.summary["best"], abs=1e-5)
+    for p, q in zip(a.model.parameters(), b.model.parameters()):
+        assert torch.allclose(p, q, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    root = tmp_path_factory.mktemp("one")
+    return {name: h.train(name, job, root=root) for name, job in SHARED.items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+def test_micro_batches_change_nothing(one_process, tmp_path, accumulation):
+    """Rows with unlike numbers of real tokens: the mean is over the whole batch, not one of the micro-batches' means."""
+    config = replace(SHARED["ar"].train, accumulation=accumulation)
+    same_up_to_rounding(train(tmp_path, config, SHARED["ar"].model, train_ids=PADDED), one_process["ar"])
+
+
+@pytest.mark.parametrize("accumulation", [3, 8])
+def test_uneven_micro_batches_are_refused(tmp_path, accumulation):
+    with pytest.raises(ValueError, match=rf"batch_size=4.*{accumulation} micro-batches"):
+        train(tmp_path, replace(CONFIG, accumulation=accumulation))
+    assert not list(tmp_path.iterdir())
+
+
+TOGETHER = """
+import json, os, pathlib
+import llada_helpers as h, test_training as t
+root = pathlib.Path({root!r})
+said = {{}}
+for name, job in t.SHARED.items():
+    run = h.train(name, job, root=root)
+    said[name] = run.summary | {{"rows": len(run.metrics), "head": run.model.head.weight.sum().item()}}
+try:
+    t.train(root / "refused", t.replace(t.CONFIG, batch_size=5), t.STEADY)
+except ValueError as error:
+    said["refused"] = str(error)
+(root / f"rank{{os.environ['RANK']}}.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Both trainings of SHARED by two processes over gloo; the root, and what each process says."""
+    root = tmp_path_factory.mktemp("two")
+    (root / "script.py").write_text(TOGETHER.format(root=str(root)))
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(root / "script.py")],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        _, errors = launcher.communicate(timeout=120)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, errors.decode()[-3000:]
+    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_train_what_one_does(two_processes, one_process, monkeypatch, name):
+    """One batch, shared; one directory; and one process takes the result for its own."""
+    root, _ = two_processes
+    (folder,) = root.glob(f"runs/{name}-*")
+    assert json.loads((folder / "run.json").read_text())["processes"] == 2
+    assert len(list(folder.glob("events.out.tfevents*"))) == 1, "one process writes"
+    monkeypatch.setattr(h, "tqdm", None)
+    run = h.train(name, SHARED[name], root=root)
+    assert run.path == folder
+    same_up_to_rounding(run, one_process[name])
+    (state,) = root.glob(f"checkpoints/{name}-*/last.safetensors")
+    (alone,) = one_process[name].path.parents[1].glob(f"checkpoints/{name}-*/last.safetensors")
+    (tensors, meta), (tensors_alone, meta_alone) = read_state(state), read_state(alone)
+    assert tensors.keys() == tensors_alone.keys() and meta["step"] == meta_alone["step"]
+    assert all(torch.allclose(tensors[k], tensors_alone[k], atol=1e-4) for k in tensors)
+
+
+def test_two_processes_are_told_the_same(two_processes):
+    """Every process gets the best model, the metrics and their summary."""
+    _, (first, second) = two_processes
+    for name in SHARED:
+        assert first[name] == {**second[name], "seconds": first[name]["seconds"]}
+        assert abs(first[name]["seconds"] - second[name]["seconds"]) < 5 and first[name]["rows"] == 4
+
+
+def test_batch_that_two_processes_cannot_share_is_refused(two_processes):
+    root, said = two_processes
+    assert all("batch_size=5" in s["refused"] and "2 processes" in s["refused"] for s in said)
+    assert not (root / "refused").exists()
 
 
 class OneProcess:
@@ -476,7 +975,7 @@ def test_both_optimizers_step_under_one_loss_scale():
         model = h.Transformer(h.ModelConfig(10, 8, 1, 2, 8))
         optimizers, norms = h.make_optimizers(model, CONFIG), []
         for step in range(3):
-            batch = h.training_batch(TRAIN_IDS, 8, 4, 0, step, h.diffusion_batch)
+            batch = h.training_batch(TRAIN_IDS, 8, 4, 0, step, h.diffusion_batch, h.real_tokens)
             norms.append(float(h.optimizer_step(OneProcess(scaler), model, optimizers, batch, CONFIG)[1]))
         ends.append((norms, [p.detach().clone() for p in model.parameters()]))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
@@ -488,7 +987,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     model = h.Transformer(h.ModelConfig(10, 8, 1, 2, 8))
     before = [p.detach().clone() for p in model.parameters()]
-    inputs, targets, weight = h.training_batch(TRAIN_IDS, 8, 4, 0, 0, h.diffusion_batch)
+    inputs, targets, weight = h.training_batch(TRAIN_IDS, 8, 4, 0, 0, h.diffusion_batch, h.real_tokens)
     batch = inputs, targets, weight * math.inf
     h.optimizer_step(OneProcess(scaler), model, h.make_optimizers(model, CONFIG), batch, CONFIG)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and scaler.get_scale() < 2.0**10
