@@ -705,9 +705,19 @@ class PostNormEncoder(nn.Module, PyTorchModelHubMixin):
         return self.head(self.norm(self.encoder(x, src_key_padding_mask=ids == PAD_ID)))
 
 
+_OWN_SOURCE = Path(__file__).read_text()  # as imported: the file may be edited while experiments run for hours
+
+
+@functools.cache
+def _own_code() -> dict[str, ast.stmt]:
+    return {node.name: node for node in ast.parse(_OWN_SOURCE).body if hasattr(node, "name")}
+
+
+@functools.cache
 def _code(thing: Callable) -> str:
     """The source of a function or class without comments and docstrings, so that better words do not mean another training."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    own = _own_code().get(thing.__name__) if thing.__module__ == __name__ else None
+    tree = own or ast.parse(textwrap.dedent(inspect.getsource(thing)))
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -748,7 +758,7 @@ class Job:
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change with the configuration, the data, the first weights or the code of the training path."""
-        code = [forward_process, stratified_times, diffusion_batch, _rms_norm, _rotate, Block, self.architecture]
+        code = [_uniform, forward_process, stratified_times, diffusion_batch, _rms_norm, _rotate, Block, self.architecture]
         code += [self.batch_function, self.learned]
         code += [weighted_nll, orthogonalize, Muon, make_optimizers, training_batch, learning_rate_factor, optimizer_step]
         code += [validation_nats]
@@ -790,8 +800,8 @@ def _save_best(model: nn.Module, directory: Path) -> None:
     temporary.rmdir()
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], notes: str) -> str:
+    digest = hashlib.sha256(notes.encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -804,7 +814,8 @@ def _save_state(path: Path, older: Path, model: nn.Module, optimizers: list, met
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{i}.{j}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
     with _atomically(path) as temporary:
-        save_file(tensors, temporary, metadata={"meta": json.dumps(meta), "sha256": _checksum(tensors)})
+        notes = json.dumps(meta)
+        save_file(tensors, temporary, metadata={"meta": notes, "sha256": _checksum(tensors, notes)})
         if path.exists():
             os.replace(path, older)
 
@@ -813,11 +824,12 @@ def _load_state(path: Path, mark: str, model: nn.Module, optimizers: list) -> di
     try:
         with safe_open(path, "pt") as file:
             tensors, notes = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
-        meta, whole = json.loads(notes["meta"]), notes["sha256"] == _checksum(tensors)
+        whole = notes["sha256"] == _checksum(tensors, notes["meta"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to train from the start") from error
     if not whole:
         raise ValueError(f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start")
+    meta = json.loads(notes["meta"])
     if meta["fingerprint"] != mark:
         raise ValueError(f"the checkpoint {path} is of another run, {meta['fingerprint']}, not of {mark}; delete it")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -831,8 +843,8 @@ def _load_state(path: Path, mark: str, model: nn.Module, optimizers: list) -> di
     return meta
 
 
-def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) -> dict:
-    """What the newest sound checkpoint says of the progress; ValueError if there are checkpoints, but none is sound."""
+def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) -> tuple[dict, Path | None]:
+    """What the newest sound checkpoint says of the progress, and its path; ValueError if there are some, but none is sound."""
     refused = []
     for path in filter(Path.exists, paths):
         try:
@@ -841,11 +853,11 @@ def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) ->
             refused.append(error)
             continue
         for error in refused:
-            warnings.warn(f"{error}; going on from the one before it, step {progress['step']}", stacklevel=3)
-        return progress
+            warnings.warn(f"{error}; going on from the one before it, step {progress['step']}", stacklevel=4)
+        return progress, path
     if refused:
         raise refused[0]
-    return {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf, "fingerprint": mark}
+    return {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf, "fingerprint": mark}, None
 
 
 def describe_machine() -> dict[str, str]:
@@ -923,7 +935,10 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         model.load_state_dict(job.start.state_dict())
     optimizers = make_optimizers(model, config)
     base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    progress = _resume(states, mark, model, optimizers)
+    progress, source = _resume(states, mark, model, optimizers)
+    accelerator.wait_for_everyone()
+    if main and source == states[1]:  # else the next save would put the damaged one in its place
+        os.replace(states[1], states[0])
     step, rows = progress["step"], progress["rows"]
     network = accelerator.prepare(model)
     if accelerator.scaler and "scaler" in progress:
@@ -970,20 +985,22 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
             val_loss = float(val_nats.sum() / val_learned.sum())
             if not (math.isfinite(train_loss) and val_loss < 3 * blank):
                 rates = f"learning rates {config.muon_lr * factor:.3g} (Muon) and {config.adamw_lr * factor:.3g} (AdamW)"
+                kept = f"The last good checkpoint is {states[0]}" if states[0].exists() else "There is no checkpoint yet"
                 raise RuntimeError(
                     f"{name}: training loss {train_loss:.3g}, validation {val_loss:.3g} at step {step}, {rates}; a blank model "
-                    f"has {blank:.2f}. The last good checkpoint is {states[0]}; lower muon_lr or adamw_lr"
+                    f"has {blank:.2f}. {kept}; lower muon_lr or adamw_lr"
                 )
             progress["seconds"] += time.perf_counter() - started
             row = {"step": step, "tokens": step * config.batch_size * job.model.seq_len}
             row |= {"seconds": round(progress["seconds"], 2), "train_loss": train_loss, "val_loss": val_loss}
             rows.append(row | {"lr": config.muon_lr * factor, "grad_norm": float(norm)})
             bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
+            improved = val_loss < progress["best"]
+            progress["best"] = min(val_loss, progress["best"])
             if main:
                 for key in ("train_loss", "val_loss", "lr", "grad_norm"):
                     writer.add_scalar(key, rows[-1][key], step)
-                if val_loss < progress["best"]:
-                    progress["best"] = val_loss
+                if improved:
                     _save_best(twin, best_dir)
                 scale = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
                 write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
@@ -1004,6 +1021,8 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         write_atomically(final_path, json.dumps(summary, indent=1).encode())
     accelerator.wait_for_everyone()
     saved = (best_dir / "model.safetensors").exists()
+    if not saved:
+        twin.load_state_dict(model.state_dict())
     best = load_model(best_dir, job.architecture).to(accelerator.device) if saved else twin
     return Run(best, pd.DataFrame(rows), summary, run_dir)
 
@@ -1391,7 +1410,7 @@ def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | No
     return noise.argsort(dim=-1).argsort(dim=-1) < count[..., None]
 
 
-MANY_SAMPLES = 16  # from here on, nelbo spends more of its masks on small l
+MANY_SAMPLES = 32  # from here on, nelbo spends more of its masks on small l
 
 
 @_inference
@@ -1849,13 +1868,17 @@ def choose_preset() -> Preset:
 
 def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor):
     """The MDLM tutorial's loss: the mean cross-entropy over all masked tokens of the batch, whatever t. Not a bound."""
-    inputs, targets, weight = independent_times(sequences, generator, learned)
+    t = 1 - torch.rand(len(sequences), generator=generator)
+    inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
     return inputs, targets, mask * (len(mask) / mask.sum().clamp(min=1))
 
 
 def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: Tensor):
-    """The exercise's sketch: each row's mean over its masked tokens, divided by t. Its expectation is infinite."""
+    """The exercise's sketch: each row's mean over its masked tokens, divided by t.
+
+    A window then weighs 1 / t whenever anything is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
+    """
     t = stratified_times(len(sequences), generator)
     inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
@@ -1874,7 +1897,8 @@ def one_time_per_batch(sequences: Tensor, generator: torch.Generator, learned: T
 
 def importance_times(sequences: Tensor, generator: torch.Generator, learned: Tensor):
     """Eq. 3 with t from the density 1/2 + t, more often where more is masked, and the weight divided by that density."""
-    t = (0.25 + 2 * stratified_times(len(sequences), generator)).sqrt() - 0.5
+    u = stratified_times(len(sequences), generator)
+    t = 2 * u / ((0.25 + 2 * u).sqrt() + 0.5)  # not sqrt - 0.5, which rounds to 0 for small u
     inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
     return inputs, targets, weight / (0.5 + t[:, None])
 
@@ -1883,6 +1907,7 @@ def complementary_masks(sequences: Tensor, generator: torch.Generator, learned: 
     """Eq. 3 with half as many windows, each under a mask and under its complement, at t and 1 - t."""
     half = sequences[: -(-len(sequences) // 2)]
     t = stratified_times(len(half), generator).clamp(1e-3, 1 - 1e-3)
+    t = t[torch.randperm(len(half), generator=generator)]  # the row without a partner has any of them
     learned = learned[: len(half)]
     masked, mask = forward_process(half, t, MASK_ID, learned, generator)
     inputs = torch.cat((masked, half.masked_fill(learned & ~mask, MASK_ID)))
@@ -1919,7 +1944,7 @@ def ablation_jobs(preset: Preset, config: TrainConfig, vocab_size: int, train_id
         "attention scale as usual": {"model": {"attention_scale": (preset.n_embd / preset.n_head) ** 0.5}},
         "twice as deep, narrower": {"model": deep},
         "half as deep, wider": {"model": wide},
-        "dropout 0.1": {"model": {"dropout": 0.1}},
+        "without dropout" if preset.dropout else "dropout 0.1": {"model": {"dropout": 0.0 if preset.dropout else 0.1}},
         "AdamW only": {"train": {"muon_lr": 0.0}},
         "half the batch, twice the steps": {"train": {"batch_size": config.batch_size // 2, "steps": 2 * config.steps}},
     }
@@ -1957,7 +1982,7 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
     Each row's seeds are averaged window by window; the interval is over windows. The difference to the first row is paired: the
     same windows and masks. `only`: rows that match this regular expression; nothing is written then.
     """
-    rows, curves, first = [], [], None
+    rows, curves, first, windows_of_first = [], [], None, None
     for index, (row, trials) in enumerate(jobs.items()):
         if not re.search(only, row):
             continue
@@ -1970,8 +1995,9 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
         counts, each = learned.sum(dim=1), [run.summary["best"] for run in runs]
         mean, half = per_character(nats, counts)
         line = {"row": row, "nats/char": mean, "95% ±": half, "lowest seed": min(each), "highest seed": max(each)}
-        first = nats if first is None else first
-        if len(first) == len(counts):
+        if first is None:
+            first, windows_of_first = nats, (sequences, learned)
+        if all(map(torch.equal, (sequences, learned), windows_of_first)):
             line["difference"], line["difference ±"] = per_character(nats - first, counts)
         summary = runs[0].summary
         line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
@@ -1990,14 +2016,21 @@ def suite_mark(trials: list[Job]) -> str:
     return "+".join(job.fingerprint() for job in trials)
 
 
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype={"row": str, "fingerprint": str})
+    except (OSError, ValueError):  # none, or none that can be read
+        return pd.DataFrame()
+
+
 def experiment(name: str, full: Jobs, short: Jobs) -> tuple[pd.DataFrame, pd.DataFrame]:
     """NAME.csv and NAME_curves.csv if they hold the results of `full` as the code is now, else those of `short`, trained here."""
     path, curves = (FIGURES / "tables" / f"{file}.csv" for file in (name, f"{name}_curves"))
-    known = pd.read_csv(path) if path.exists() and curves.exists() else pd.DataFrame()
+    known, curve = (_read_table(p) for p in (path, curves))
     marks = dict(zip(known["row"], known["fingerprint"])) if {"row", "fingerprint"} <= set(known) else {}
-    if marks == {row: suite_mark(trials) for row, trials in full.items()}:
+    if len(curve) and marks == {row: suite_mark(trials) for row, trials in full.items()}:
         print(f"{name}: the full suite, read from {path}")
-        return known, pd.read_csv(curves)
+        return known, curve
     return run_jobs(name, short, quiet=True), pd.read_csv(curves)
 
 
