@@ -1683,12 +1683,15 @@ def _status(page: Page, alone: bool) -> str:
     return f"step {page.step} · t = {t:.2f} · {written} of {wanted} characters revealed · {k} of {passes} forward passes"
 
 
-# Marks that survive without any style sheet: <u> is underlined everywhere, and a masked character is a block.
+# <u> and a block say the state without any style too. An exported page lacks the icon font of Play: it gets plain signs.
 FRAME_STYLE = f"""<style>
-.llada {{ display: flex; flex-wrap: wrap; gap: 0 3em; line-height: 1.45; color: var(--jp-content-font-color1, inherit); }}
+.llada-viewer {{ font-family: system-ui, sans-serif; }}
+.llada {{ display: flex; flex-wrap: wrap; gap: 0 3em; font: 13px/1.5 system-ui, sans-serif; color: inherit; }}
 .llada pre {{ margin: 4px 0; font: 14px/1.5 monospace; white-space: pre; color: inherit; background: none; }}
-.llada i {{ color: #8a8a8a; font-style: normal; }}
+.llada i {{ color: {MASK_COLOR}; font-style: normal; }}
 .llada u {{ color: #000; background: {NEW_FACE}; font-weight: bold; }}
+.llada-viewer .fa-play::before {{ content: "▶"; }} .llada-viewer .fa-pause::before {{ content: "❚❚"; }}
+.llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
 .llada-pages > .p-TabBar, .llada-pages > .lm-TabBar {{ display: none; }}
 </style>"""
 
@@ -1727,13 +1730,13 @@ class DenoisingViewer(widgets.VBox):
         self.panels = self._stack([])
         widgets.jslink((self.choice, "index"), (self.panels, "selected_index"))
         self.prompt = widgets.Text(placeholder="a prompt of your own")
-        self.again = widgets.Button(description="generate again", tooltip="needs a running kernel")
+        self.again = widgets.Button(description="generate again")
         self.again.on_click(self._generate_again)
-        self.message = widgets.HTML()
+        self.message = widgets.HTML("needs a running kernel")
         live = [widgets.HBox([self.prompt, self.again, self.message])] if generate else []
         self.show(films)
-        top = [widgets.HBox([self.choice, self.speed])]
-        super().__init__([widgets.HTML(FRAME_STYLE), *top, self.panels, *live])
+        super().__init__([widgets.HTML(FRAME_STYLE), widgets.HBox([self.choice, self.speed]), self.panels, *live])
+        self.add_class("llada-viewer")
 
     @staticmethod
     def _stack(children: list) -> widgets.Widget:
@@ -1747,7 +1750,7 @@ class DenoisingViewer(widgets.VBox):
         first = widgets.HTML(frames[0])  # the others share its layout and style, which would be most of the saved notebook
         stack = self._stack([first, *(widgets.HTML(frame, layout=first.layout, style=first.style) for frame in frames[1:])])
         slider = widgets.IntSlider(0, max=len(frames) - 1, description="pass", layout={"width": "480px"})
-        play = widgets.Play(max=len(frames) - 1)
+        play = widgets.Play(max=len(frames) - 1, interval=self.speed.value)
         self.links += [
             widgets.jslink((play, "value"), (slider, "value")),
             widgets.jslink((slider, "value"), (stack, "selected_index")),
@@ -1761,7 +1764,7 @@ class DenoisingViewer(widgets.VBox):
         self.links = []
         panels = [self._panel(film) for film in films.values()]
         self.panels.children, self.panels.selected_index = panels, 0
-        self.choice.options = list(films)
+        self.choice.options, self.choice.index = list(films), 0
         for widget in old:  # what is not closed would stay in the browser and in the saved notebook
             old += getattr(widget, "children", ())
             widget.close()

@@ -126,7 +126,7 @@ def test_viewer_is_linked_in_the_browser():
     viewer = h.DenoisingViewer(films, TOKENIZER)
     found = links(viewer)
     assert (viewer.choice.model_id, "index", viewer.panels.model_id, "selected_index") in found
-    assert viewer.choice.options == ("first", "second") and viewer.panels.selected_index == 0
+    assert viewer.choice.options == ("first", "second") and viewer.choice.index == viewer.panels.selected_index == 0
     for panel, made in zip(viewer.panels.children, films.values()):
         (play, slider), stack = panel.children[0].children, panel.children[1]
         assert len(stack.children) == made.nfe + 1 and slider.max == play.max == made.nfe and stack.selected_index == 0
