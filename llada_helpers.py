@@ -1692,7 +1692,8 @@ FRAME_STYLE = f"""<style>
 .llada u {{ color: #000; background: {NEW_FACE}; font-weight: bold; }}
 .llada-viewer .fa-play::before {{ content: "▶"; }} .llada-viewer .fa-pause::before {{ content: "❚❚"; }}
 .llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
-.llada-pages > .p-TabBar, .llada-pages > .lm-TabBar {{ display: none; }}
+.llada-pages > .p-TabPanel-tabBar {{ display: none !important; }}
+.llada-pages > .widget-tab-contents {{ border: 0 !important; padding: 0 !important; }}
 </style>"""
 
 
@@ -1763,6 +1764,8 @@ class DenoisingViewer(widgets.VBox):
         old = [*self.links, *self.panels.children]
         self.links = []
         panels = [self._panel(film) for film in films.values()]
+        if self.panels.children:
+            self.panels.selected_index = 0  # there may be fewer now
         self.panels.children, self.panels.selected_index = panels, 0
         self.choice.options, self.choice.index = list(films), 0
         for widget in old:  # what is not closed would stay in the browser and in the saved notebook
@@ -1818,9 +1821,9 @@ def save_gif(name: str, film: Film, tokenizer: CharTokenizer, *, width: int = 40
     """Write figures/NAME.gif, a frame per forward pass and a pause at the end; returns the frames as Pillow images."""
     images = [_draw(columns, width) for columns in _frames(film, tokenizer, width)]
     palette = images[len(images) // 2].quantize(48)  # one for all, so that only what changes is stored
-    first, *others = [image.quantize(palette=palette, dither=0) for image in images]
+    images = [image.quantize(palette=palette, dither=0) for image in images]
     pauses, file = [800, *[milliseconds] * (len(images) - 2), 4000], io.BytesIO()
-    first.save(file, "GIF", save_all=True, append_images=others, duration=pauses, loop=0)
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)
     write_atomically(FIGURES / f"{name}.gif", file.getvalue())
     return images
 
