@@ -1684,9 +1684,12 @@ def fill_report(text: str, tables: Path = FIGURES / "tables") -> str:
 
 def _states(generation: Generation, row: int, step: int) -> Tensor:
     """LongTensor[L] after `step`: 0 masked, 1 just committed (or changed by a revision), 2 settled or given."""
-    now = generation.state_after(step)[row]
-    changed = now != generation.state_after(step - 1)[row] if step >= 0 else torch.zeros_like(now, dtype=torch.bool)
-    return torch.where(now == MASK_ID, 0, torch.where(changed, 1, 2))
+    order = generation.order[row]
+    masked, changed = order > step, (order == step) & (order >= 0)
+    if generation.states is not None and step >= 0:  # `order` knows the last commit only
+        before, now = (generation.state_after(s)[row] for s in (step - 1, step))
+        masked, changed = now == MASK_ID, now != before
+    return torch.where(masked, 0, torch.where(changed, 1, 2))
 
 
 def filmstrip(generation: Generation, tokenizer: CharTokenizer, row: int = 0, frames: int = 8, width: int = 64):
@@ -1746,7 +1749,7 @@ def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> 
     finished = "".join(tokenizer.decode([token]) or "·" for token in generation.ids[0].tolist())
     line = rf"[^\n]{{0,{width}}}\n|[^\n]{{1,{width}}}(?:\Z|(?<= ))|[^\n]{{1,{width}}}"
     spans = [match.span() for match in re.finditer(line, finished)]
-    masked = int((generation.state_after(-1)[0] == MASK_ID).sum())
+    masked = int((generation.order[0] >= 0).sum())
     made = []
     for k, step in enumerate([-1, *steps]):
         states, cells = _states(generation, 0, step).tolist(), []
