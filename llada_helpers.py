@@ -89,12 +89,14 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"cannot read the text file {path}: {error}; pass a path that exists") from error
+        raise ValueError(f"cannot read the text file {path}: {error}; pass the path of a readable text file") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); convert it to UTF-8 first") from error
+        raise ValueError(f"{path} is not UTF-8 ({error}); pass a UTF-8 file, such as iconv -t UTF-8 makes") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text:
-        raise ValueError(f"{path} is empty; pass a file with some text in it")
+    if not text.strip():
+        raise ValueError(f"{path} is {'only white space' if text else 'empty'}; pass a file with some text in it")
+    if "\0" in text:
+        raise ValueError(f"{path} has NUL characters, as UTF-16 and binary files do; pass a UTF-8 text file")
     return text
 
 
@@ -111,7 +113,7 @@ def load_text(path: str | os.PathLike | None = None) -> str:
     SHA-256, written atomically), and, with a loud warning, an offline corpus (the topics of Python's own `pydoc_data`).
 
     Raises:
-        ValueError: `path` or `$LLADA_DATA` cannot be read, is empty or is not UTF-8.
+        ValueError: `path` or `$LLADA_DATA` cannot be read, is empty, white space or not UTF-8 text.
     """
     path = path or os.environ.get("LLADA_DATA")
     if path:
@@ -207,8 +209,14 @@ class CharTokenizer:
 
 
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
-    """The first `fraction` of ids for training, the rest for validation: by position, so that no sentence is in both."""
+    """The first `fraction` of ids for training, the rest for validation: by position, so that no sentence is in both.
+
+    Raises:
+        ValueError: one of the parts would be empty.
+    """
     cut = int(fraction * len(ids))
+    if not 0 < cut < len(ids):
+        raise ValueError(f"{fraction} of {len(ids)} ids leaves a part empty; pass a longer text, or 0 < fraction < 1")
     return ids[:cut], ids[cut:]
 
 
@@ -886,11 +894,13 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         quiet: no progress bar, and not a word if the run is only loaded.
 
     Raises:
-        ValueError: too few steps, a batch that processes and micro-batches cannot share evenly, or no sound checkpoint.
+        ValueError: no ids, too few steps, a batch that processes and micro-batches cannot share evenly, or no sound checkpoint.
         RuntimeError: the loss is not finite or far above that of a blank model; names the step, the learning rates and the last
             good checkpoint.
     """
     config = job.train
+    if not (job.train_ids.numel() and job.val_ids.numel()):
+        raise ValueError(f"{job.train_ids.numel()} ids to train on and {job.val_ids.numel()} to validate on: pass some of each")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
     if min(config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation) < 1:
         raise ValueError(f"{config}: pass at least one step, one window a batch, one evaluation of one window")
