@@ -15,6 +15,7 @@ of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 
 import argparse
 import ast
+import base64
 import bisect
 import contextlib
 import functools
@@ -30,6 +31,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -1669,6 +1671,73 @@ def fill_report(text: str, tables: Path = FIGURES / "tables") -> str:
     return re.sub(r"(<!-- ([\w-]+) ; (.*?) ; (.*?) -->).*?<!-- end -->", number, text, flags=re.DOTALL)
 
 
+REPORT_STYLE = """
+@page { size: A4; margin: 13mm 17mm }
+body { margin: 0; font: 9.5pt/1.27 "Liberation Serif", "Times New Roman", Times, serif; text-align: justify }
+h1 { font-size: 16pt } h2 { font-size: 11.5pt; break-after: avoid } h1, h2 { margin: 0.6em 0 0.2em; text-align: left }
+p, ul { margin: 0.35em 0 } ul { padding-left: 1.3em } li { margin: 0.1em 0 } sub, sup { line-height: 0 }
+code { font: 0.87em "Liberation Mono", monospace; overflow-wrap: anywhere }
+table { border-collapse: collapse; margin: 0.6em auto; font-size: 0.92em; text-align: left; break-inside: avoid }
+th, td { padding: 0.05em 0.9em 0.05em 0; border-bottom: 0.5px solid #ccc } th { border-bottom: 1px solid #000 }
+p:has(img) { text-align: center; break-inside: avoid } img { vertical-align: top } p:has(img + img) img { width: 49% !important }
+"""
+
+
+def _formula(formula: str) -> str:
+    """A short LaTeX formula as HTML: letters in italics, functions upright, other commands by the HTML names of characters."""
+    upright = {"ln": "ln ", "log": "log ", "sqrt": "√"}
+
+    def sign(m: re.Match) -> str:
+        return upright.get(m[1], f"&{m[1]};") if m[1] else f"<i>{m[0]}</i>" if m[0].isalpha() else html.escape(m[0])
+
+    made = re.sub(r"\\([A-Za-z]+) ?|[A-Za-z<>&]", sign, formula.replace("-", "−"))
+    made = re.sub(r"\^(\{.*?\}|<i>.</i>|&\w+;|.)", r"<sup>\1</sup>", made)
+    return re.sub("[{}]", "", re.sub(r"_(\{.*?\}|<i>.</i>|&\w+;|.)", r"<sub>\1</sub>", made))
+
+
+def report_html(text: str, folder: Path = Path("."), width: int = 75) -> str:
+    """Markdown as one page of HTML for print: tables, short formulas, and the figures of `folder`, `width` percent wide."""
+    import mistune
+
+    def figure(text: str, url: str, title: str | None = None) -> str:
+        data = base64.b64encode((folder / url).read_bytes()).decode()
+        return f'<img alt="{text}" style="width: {width}%" src="data:image/png;base64,{data}">'
+
+    markdown = mistune.create_markdown(escape=False, plugins=["table", "math"])
+    markdown.renderer.image, markdown.renderer.inline_math = figure, _formula
+    text = re.sub(r"\s*±\s*(?=\d)", "\u00a0±\u00a0", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
+    title = html.escape(text.strip().partition("\n")[0].strip("# "))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{REPORT_STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}{markdown(text)}</html>'
+
+
+def save_report(source: Path, target: Path, most_pages: int = 3) -> str:
+    """Print a Markdown report with Chromium, its figures as wide as `most_pages` allow; says what was written.
+
+    Raises:
+        ValueError: there is no Chromium, it fails, or the text is too long.
+    """
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        raise ValueError("no Chromium to print with: install it (apt-get install chromium) or Google Chrome")
+    text, pages = source.read_text(encoding="utf-8"), 0
+    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:  # a snap cannot read /tmp
+        page, pdf = Path(scratch).resolve() / "page.html", Path(scratch).resolve() / "page.pdf"
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
+        command += ["--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri()]
+        for width in range(80, 45, -5):
+            page.write_text(report_html(text, source.parent, width), encoding="utf-8")
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            if done.returncode or not pdf.exists():
+                raise ValueError(f"{browser} printed nothing; pass a working one first in PATH. It said: {done.stderr[-500:]}")
+            pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+            if pages <= most_pages:
+                mark = f"% of {source.name}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}\n"  # is it up to date?
+                write_atomically(target, pdf.read_bytes() + mark.encode())
+                return f"{target}: {pages} pages, figures {width}% wide"
+    raise ValueError(f"{source} needs {pages} pages even with figures half as wide as the text; pass a shorter text")
+
+
 def _states(generation: Generation, row: int, step: int) -> Tensor:
     """LongTensor[L] after `step`: 0 masked, 1 just committed, 2 settled or given."""
     order = generation.order[row]
@@ -2014,8 +2083,8 @@ def experiment(name: str, full: Jobs, short: Jobs) -> tuple[pd.DataFrame, pd.Dat
 def main(arguments: list[str] | None = None) -> None:
     """The command line: `python llada_helpers.py train --preset cpu --model llada`; see --help."""
     parser = argparse.ArgumentParser(
-        description="Train outside the notebook, which then loads the finished runs and tables. Every command goes on where it "
-        "was interrupted. LLADA_DATA: a text file of your own; LLADA_RETRAIN=1: train from the start.",
+        description="Train outside the notebook, which then loads the finished runs and tables, or print the report. Training "
+        "goes on where it was interrupted. LLADA_DATA: a text file of your own; LLADA_RETRAIN=1: train from the start.",
         epilog="Several processes or GPUs: accelerate launch llada_helpers.py train ..., or torchrun --nproc-per-node 2 "
         "llada_helpers.py train ...; they share each batch.",
     )
@@ -2033,7 +2102,12 @@ def main(arguments: list[str] | None = None) -> None:
             options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
         else:
             options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
+    text = "print analysis.md as analysis.pdf, three A4 pages at most; needs Chromium"
+    commands.add_parser("report", help=text, description=text)
     arguments = parser.parse_args(arguments)
+    if arguments.command == "report":
+        print(save_report(Path("analysis.md"), Path("analysis.pdf")))
+        return
     preset = PRESETS[arguments.preset] if arguments.preset else choose_preset()
     text = load_text()
     tokenizer = CharTokenizer.from_text(text)
