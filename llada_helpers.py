@@ -5,6 +5,20 @@ The sections follow the data:
     text -> CharTokenizer -> ids -> windows -> forward_process -> mask predictor -> llada_loss -> train
          -> reverse_process -> ids -> text;        the same windows -> nelbo / ar_nll -> tables
 
+The sections, and what to look up in each first, as in help(llada_helpers.train):
+
+    1. Data                      load_text, CharTokenizer, split, windows
+    2. Forward process           forward_process, stratified_times
+    3. Model                     ModelConfig, Transformer
+    4. Losses                    llada_loss, next_token_loss
+    5. Training                  TrainConfig, Job, train, runs_table
+    6. Reverse process           reverse_process, infill, generate_ar, Generation
+    7. Likelihood                nelbo, ar_nll, log_likelihood, choose
+    8. Evaluation                per_character, text_metrics
+    9. Tables, figures, widgets  save_table, fill_report, save_report
+    10. Presets                  PRESETS, choose_preset
+    11. Experiments              run_jobs, experiment; python llada_helpers.py --help
+
 Three ideas keep the module small. A *mask predictor* is any callable from ids [B, L] to logits [B, L, V], so that every
 loss, sampler and estimator below also takes somebody else's model or an exact oracle. LLaDA and AR are one Transformer
 that differs in `causal` alone. Training step s is a pure function of (seed, s).
@@ -15,6 +29,7 @@ of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 
 import argparse
 import ast
+import base64
 import bisect
 import contextlib
 import functools
@@ -31,6 +46,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -69,7 +85,11 @@ CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 
 
 def cache_path() -> Path:
-    """Where the downloaded corpus is kept (and where it can be put by hand)."""
+    """Where the downloaded corpus is kept (and where it can be put by hand).
+
+    >>> cache_path().name
+    'tinyshakespeare.txt'
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llada" / "tinyshakespeare.txt"
 
 
@@ -83,7 +103,13 @@ def _atomically(path: Path):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a kill, never sees half a file."""
+    """Write `data` to `path` so that a reader, or a kill, never sees half a file.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder) / "new" / "a.txt", b"whole")
+    ...     (Path(folder) / "new" / "a.txt").read_text()
+    'whole'
+    """
     with _atomically(path) as temporary:
         temporary.write_bytes(data)
 
@@ -92,12 +118,14 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"cannot read the text file {path}: {error}; pass a path that exists") from error
+        raise ValueError(f"cannot read the text file {path}: {error}; pass the path of a readable text file") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); convert it to UTF-8 first") from error
+        raise ValueError(f"{path} is not UTF-8 ({error}); pass a UTF-8 file, such as iconv -t UTF-8 makes") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text:
-        raise ValueError(f"{path} is empty; pass a file with some text in it")
+    if not text.strip():
+        raise ValueError(f"{path} is {'only white space' if text else 'empty'}; pass a file with some text in it")
+    if "\0" in text:
+        raise ValueError(f"{path} has NUL characters, as UTF-16 and binary files do; pass a UTF-8 text file")
     return text
 
 
@@ -108,13 +136,18 @@ def _offline_corpus() -> str:
 
 
 def load_text(path: str | os.PathLike | None = None) -> str:
-    """The corpus as one string with "\\n" line ends.
+    r"""The corpus as one string with "\n" line ends.
 
     The first of these that is there: `path`, `$LLADA_DATA`, the cached download, the download (checked against
     SHA-256, written atomically), and, with a loud warning, an offline corpus (the topics of Python's own `pydoc_data`).
 
     Raises:
-        ValueError: `path` or `$LLADA_DATA` cannot be read, is empty or is not UTF-8.
+        ValueError: `path` or `$LLADA_DATA` cannot be read, is empty, white space or not UTF-8 text.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "own.txt").write_bytes(b"To be,\r\nor not")
+    ...     load_text(Path(folder) / "own.txt")
+    'To be,\nor not'
     """
     path = path or os.environ.get("LLADA_DATA")
     if path:
@@ -141,7 +174,11 @@ def load_text(path: str | os.PathLike | None = None) -> str:
 
 
 def corpus_name(text: str) -> str:
-    """The name that tables and figure titles give to `text`."""
+    """The name that tables and figure titles give to `text`.
+
+    >>> corpus_name(_offline_corpus())
+    'offline corpus (Python help topics)'
+    """
     if hashlib.sha256(text.encode()).hexdigest() == CORPUS_SHA256:
         return "TinyShakespeare"
     if text == _offline_corpus():
@@ -210,8 +247,17 @@ class CharTokenizer:
 
 
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
-    """The first `fraction` of ids for training, the rest for validation: by position, so that no sentence is in both."""
+    """The first `fraction` of ids for training, the rest for validation: by position, so that no sentence is in both.
+
+    Raises:
+        ValueError: one of the parts would be empty.
+
+    >>> [part.tolist() for part in split(torch.arange(5), 0.6)]
+    [[0, 1, 2], [3, 4]]
+    """
     cut = int(fraction * len(ids))
+    if not 0 < cut < len(ids):
+        raise ValueError(f"{fraction} of {len(ids)} ids leaves a part empty; pass a longer text, or 0 < fraction < 1")
     return ids[:cut], ids[cut:]
 
 
@@ -278,6 +324,12 @@ def forward_process(
 
     Returns:
         masked sequences LongTensor[B, L], and BoolTensor[B, L], true where a token was masked.
+
+    >>> ids, generator = torch.tensor([[5, 6, 7, 8, 9, 5]]), torch.Generator().manual_seed(0)
+    >>> forward_process(ids, 0.5, MASK_ID, generator=generator)[0].tolist()
+    [[1, 6, 1, 1, 1, 5]]
+    >>> forward_process(ids, 1.0, MASK_ID, maskable=ids > 6)[0].tolist()
+    [[5, 6, 1, 1, 1, 5]]
     """
     maskable = _check_maskable(sequences, maskable)
     t = _check_times(t, sequences, lowest_included=True)
@@ -289,6 +341,9 @@ def stratified_times(batch_size: int, generator: torch.Generator | None = None) 
     """FloatTensor[B] in (0, 1]: one uniform number shifted across the batch, so that each B-th of (0, 1] is hit once.
 
     Every t_b is uniform, so the loss stays unbiased, with less noise than independent draws (Kingma et al. 2021).
+
+    >>> (4 * stratified_times(4)).ceil().tolist()  # one time in each quarter of (0, 1], whatever was drawn
+    [4.0, 3.0, 2.0, 1.0]
     """
     shift = torch.rand(1, generator=generator, device=generator.device if generator is not None else None)
     return (torch.arange(batch_size, 0, -1, device=shift.device) - shift) / batch_size  # float32 rounding never makes it 0
@@ -307,6 +362,12 @@ class ModelConfig:
     for long contexts, leaves most frequencies idle at this length. None: learned positions.
     `attention_scale`: the largest attention logit (queries and keys are normalised). The usual sqrt(head width) is too blunt
     for characters, whose neighbours matter most.
+
+    >>> llada = ModelConfig(vocab_size=69, seq_len=128, n_layer=5, n_head=4, n_embd=128)
+    >>> ar = replace(llada, causal=True)
+    >>> replace(llada, n_embd=126)
+    Traceback (most recent call last):
+    ValueError: n_embd=126 with n_head=4: pass n_embd divisible by 2 * n_head (rotary)
     """
 
     vocab_size: int
@@ -336,6 +397,16 @@ class KVCache:
 
     Such a pass attends over all that was written. Exact for a causal model; for LLaDA, whose keys depend on later characters
     too, an approximation.
+
+    >>> config = ModelConfig(vocab_size=9, seq_len=6, n_layer=1, n_head=1, n_embd=8, causal=True)
+    >>> model, ids = Transformer(config), torch.tensor([[4, 5, 6, 7]])
+    >>> for weight in model.parameters():
+    ...     _ = nn.init.normal_(weight, std=0.3)
+    >>> cache = KVCache(config, batch_size=1, like=model.head.weight)
+    >>> with torch.no_grad():
+    ...     parts = [model(ids[:, :3], cache=cache), model(ids[:, 3:], cache=cache, start=3)]
+    ...     torch.allclose(torch.cat(parts, dim=1), model(ids), atol=1e-4)
+    True
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
@@ -369,7 +440,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and a ReLU^2 MLP (So et al. 2021), both residual; output projections start at zero."""
+    """Pre-norm attention and a ReLU^2 MLP (So et al. 2021), both residual; output projections start at zero.
+
+    >>> block, x = Block(ModelConfig(vocab_size=9, seq_len=6, n_layer=1, n_head=2, n_embd=8)), torch.randn(1, 3, 8)
+    >>> torch.equal(block(x, rotary=None), x)  # a fresh block changes nothing
+    True
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -420,6 +496,11 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
 
     Raises:
         ValueError: ids not [B, L], or L longer than `config.seq_len`.
+
+    >>> model = Transformer(ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> logits = model(torch.tensor([[4, MASK_ID, 5]]))
+    >>> tuple(logits.shape), bool((logits == 0).all()), model.n_parameters  # a fresh model knows nothing
+    ((1, 3, 10), True, 928)
     """
 
     def __init__(self, config: ModelConfig):
@@ -487,7 +568,12 @@ def diffusion_batch(
     mask_id: int = MASK_ID,
     t: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs x_t, targets x_0 and the weights of Eq. 3: 1 / (t_b n_b) on masked tokens, n_b the maskable ones of row b."""
+    """Inputs x_t, targets x_0 and the weights of Eq. 3: 1 / (t_b n_b) on masked tokens, n_b the maskable ones of row b.
+
+    >>> inputs, targets, weight = diffusion_batch(torch.tensor([[5, 6, 7, PAD_ID, PAD_ID]]), t=1.0)
+    >>> inputs.tolist(), targets.tolist(), (3 * weight).tolist()
+    ([[1, 1, 1, 0, 0]], [[5, 6, 7, 0, 0]], [[1.0, 1.0, 1.0, 0.0, 0.0]])
+    """
     maskable = _check_maskable(sequences, sequences != PAD_ID if maskable is None else maskable)
     t = stratified_times(len(sequences), generator) if t is None else t
     t = _check_times(t, sequences, lowest_included=False)
@@ -502,14 +588,23 @@ def next_token_batch(
     start_id: int = START_ID,
     pad_id: int = PAD_ID,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs [START] x_1 ... x_{L-1}, targets x_1 ... x_L (Eq. 2), weights that make the batch a mean over its counted tokens."""
+    """Inputs [START] x_1 ... x_{L-1}, targets x_1 ... x_L (Eq. 2), weights that make the batch a mean over its counted tokens.
+
+    >>> inputs, targets, weight = next_token_batch(torch.tensor([[5, 6, PAD_ID], [7, 8, PAD_ID]]))
+    >>> inputs.tolist(), targets.tolist(), weight.tolist()
+    ([[2, 5, 6], [2, 7, 8]], [[5, 6, 0], [7, 8, 0]], [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]])
+    """
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
     counted = (sequences != pad_id if counted is None else counted).float()
     return inputs, sequences, counted * (len(sequences) / counted.sum().clamp(min=1))
 
 
 def real_tokens(sequences: Tensor) -> Tensor:
-    """BoolTensor[B, L]: everything but padding, what pre-training learns."""
+    """BoolTensor[B, L]: everything but padding, what pre-training learns.
+
+    >>> real_tokens(torch.tensor([[5, MASK_ID, PAD_ID]])).tolist()
+    [[True, True, False]]
+    """
     return sequences != PAD_ID
 
 
@@ -524,7 +619,13 @@ def response_tokens(sequences: Tensor) -> Tensor:
 
 
 def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """Mean over rows of sum_i weight_i * -log p(target_i | inputs). Positions of weight 0 are never looked at."""
+    """Mean over rows of sum_i weight_i * -log p(target_i | inputs). Positions of weight 0 are never looked at.
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> weight = torch.tensor([[0.5, 0.5, 0.0]])
+    >>> round(float(weighted_nll(blank, torch.tensor([[1, 1, 6]]), torch.tensor([[4, 5, 6]]), weight)), 4)  # ln 8
+    2.0794
+    """
     counted = weight > 0
     nll = F.cross_entropy(model(inputs)[counted], targets[counted], reduction="none")
     return (nll * weight[counted]).sum() / len(inputs)
@@ -546,13 +647,23 @@ def llada_loss(
         sequences: ids x_0, LongTensor[B, L].
         t: times in (0, 1], one number or FloatTensor[B]; default: stratified, one per sequence.
         maskable: BoolTensor[B, L], default everything.
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> ids = torch.full((4000, 16), 5)
+    >>> [round(float(llada_loss(blank, ids, MASK_ID, t, generator=torch.Generator().manual_seed(0))), 1) for t in (0.2, 0.5, 1.0)]
+    [2.1, 2.1, 2.1]
     """
     maskable = torch.ones_like(sequences, dtype=torch.bool) if maskable is None else maskable
     return weighted_nll(model, *diffusion_batch(sequences, generator, maskable, mask_id, t))
 
 
 def next_token_loss(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
-    """Mean AR cross-entropy, nats per token that is not padding; the first token is scored given [START] (Eq. 2)."""
+    """Mean AR cross-entropy, nats per token that is not padding; the first token is scored given [START] (Eq. 2).
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> round(float(next_token_loss(blank, torch.tensor([[4, 5, PAD_ID]]), START_ID)), 4)  # ln 8
+    2.0794
+    """
     return weighted_nll(model, *next_token_batch(sequences, None, None, start_id, pad_id))
 
 
@@ -563,7 +674,14 @@ def next_token_loss(model: MaskPredictor, sequences: Tensor, start_id: int, pad_
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Sizes and iterations, never seconds: a rerun gives the same numbers."""
+    """One training run. Sizes and iterations, never seconds: a rerun gives the same numbers.
+
+    >>> config = TrainConfig(steps=1000, batch_size=32)
+    >>> config.steps * config.batch_size * 128  # characters seen, in windows of 128
+    4096000
+    >>> replace(config, muon_lr=0.0).seed  # the same with AdamW alone
+    0
+    """
 
     steps: int
     batch_size: int  # windows a step, over all processes and micro-batches
@@ -580,7 +698,12 @@ class TrainConfig:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iteration toward the nearest (semi-)orthogonal matrix, for each of [n, rows, columns]."""
+    """Newton-Schulz iteration toward the nearest (semi-)orthogonal matrix, for each of [n, rows, columns].
+
+    >>> values = torch.linalg.svdvals(orthogonalize(torch.tensor([[[3.0, 0.0], [0.0, 0.2]]])))
+    >>> bool(((values > 0.6) & (values < 1.3)).all())  # they were 3 and 0.2
+    True
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
@@ -596,6 +719,12 @@ class Muon(torch.optim.Optimizer):
 
     torch.optim.Muon works matrix by matrix in bfloat16, which CPUs without native bfloat16 emulate slowly; this one stacks equal
     shapes into one batched product in the parameters' own precision, and treats q, k and v as three matrices (`parts`).
+
+    >>> weight = nn.Parameter(torch.zeros(2, 2))
+    >>> weight.grad = torch.tensor([[3.0, 0.0], [0.0, 0.2]])
+    >>> Muon([weight], lr=0.1).step()
+    >>> (10 * weight).round().tolist()  # small gradients move a matrix as far as large ones
+    [[-1.0, 0.0], [0.0, -1.0]]
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -619,7 +748,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, head and time conditioning; AdamW alone if `muon_lr` is 0."""
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and time conditioning; AdamW alone if `muon_lr` is 0.
+
+    >>> model = Transformer(ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> muon, adamw = make_optimizers(model, TrainConfig(steps=1, batch_size=1))
+    >>> [tuple(weight.shape) for weight in adamw.param_groups[0]["params"]]  # embedding and head
+    [(10, 8), (10, 8)]
+    """
     optimizers, in_muon = [], set()
     if config.muon_lr:
         matrices = [
@@ -639,6 +774,11 @@ def training_batch(ids: Tensor, seq_len: int, batch_size: int, seed: int, step: 
     """Inputs, targets, weights of one step, drawn from a generator seeded by (seed, step).
 
     ids [n] is a text, of which windows at random offsets are taken; ids [N, seq_len] are sequences, of which rows are taken.
+
+    >>> ids = torch.arange(4, 20)
+    >>> a, b = (training_batch(ids, 3, 2, seed=0, step=step, make_batch=next_token_batch, learned=real_tokens) for step in (7, 8))
+    >>> a[1].tolist(), b[1].tolist()
+    ([[9, 10, 11], [10, 11, 12]], [[5, 6, 7], [16, 17, 18]])
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     if ids.ndim == 1:
@@ -648,7 +788,12 @@ def training_batch(ids: Tensor, seq_len: int, batch_size: int, seed: int, step: 
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, constant, linear decay to zero: 0 < factor <= 1."""
+    """Linear warm-up, constant, linear decay to zero: 0 < factor <= 1.
+
+    >>> config = TrainConfig(steps=100, batch_size=1, warmup=0.1, decay=0.5)
+    >>> [learning_rate_factor(step, config) for step in (0, 9, 50, 75, 99)]
+    [0.1, 1.0, 1.0, 0.5, 0.02]
+    """
     rise, fall = max(1, config.warmup * config.steps), max(1, config.decay * config.steps)
     return min(1.0, (step + 1) / rise, (config.steps - step) / fall)
 
@@ -658,6 +803,13 @@ def optimizer_step(accelerator: Accelerator, network: nn.Module, optimizers: lis
 
     The share is worked off in `accumulation` micro-batches; processes exchange gradients after the last one only. The
     optimizers share one loss scale (fp16), so it is updated once, after both have stepped.
+
+    >>> accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
+    >>> model = Transformer(ModelConfig(vocab_size=8, seq_len=3, n_layer=1, n_head=1, n_embd=4)).to(accelerator.device)
+    >>> config, batch = TrainConfig(steps=1, batch_size=2), next_token_batch(torch.tensor([[4, 5, 6], [5, 6, 7]]))
+    >>> loss, norm = optimizer_step(accelerator, model, make_optimizers(model, config), batch, config)
+    >>> round(float(loss), 4), bool((model.head.weight != 0).any())  # from ln 8, the blank model's loss, downwards
+    (2.0794, True)
     """
     share = config.batch_size // accelerator.num_processes
     mine = [x[accelerator.process_index * share :][:share].to(accelerator.device).chunk(config.accumulation) for x in batch]
@@ -684,14 +836,24 @@ def optimizer_step(accelerator: Accelerator, network: nn.Module, optimizers: lis
 
 
 def validation_nats(model: MaskPredictor, sequences: Tensor, learned: Tensor, autoregressive: bool) -> Tensor:
-    """Nats of the learned tokens of each row, FloatTensor[N]: exact for AR, the NELBO with fixed masks for LLaDA."""
+    """Nats of the learned tokens of each row, FloatTensor[N]: exact for AR, the NELBO with fixed masks for LLaDA.
+
+    >>> blank, rows = lambda ids: torch.zeros(*ids.shape, 8), torch.tensor([[4, 5, 6, PAD_ID]])
+    >>> [(validation_nats(blank, rows, real_tokens(rows), ar) / math.log(8)).round(decimals=3).tolist() for ar in (True, False)]
+    [[3.0], [3.0]]
+    """
     if autoregressive:
         return ar_nll(model, sequences, START_ID, counted=learned)
     return nelbo(model, sequences, MASK_ID, n_samples=4, maskable=learned, generator=torch.Generator().manual_seed(0))
 
 
 class PostNormEncoder(nn.Module, PyTorchModelHubMixin):
-    """The MDLM tutorial's model out of PyTorch's own parts, to compare with: post-norm, learned positions, dropout 0.1."""
+    """The MDLM tutorial's model out of PyTorch's own parts, to compare with: post-norm, learned positions, dropout 0.1.
+
+    >>> model = PostNormEncoder(ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> tuple(model(torch.tensor([[4, 5, 6]])).shape)
+    (1, 3, 10)
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -740,6 +902,11 @@ class Job:
         learned: sequences [B, L] -> BoolTensor[B, L], what is masked or predicted; `response_tokens` for SFT.
         start: the model whose weights to begin with; default fresh ones.
         architecture: called with the model configuration.
+
+    >>> ids = torch.arange(4, 10).repeat(10)
+    >>> job = Job(ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8), TrainConfig(steps=2, batch_size=2), ids, ids)
+    >>> replace(job, train=replace(job.train, seed=1)).fingerprint() == job.fingerprint()
+    False
     """
 
     model: ModelConfig
@@ -780,7 +947,13 @@ class Job:
 
 @dataclass
 class Run:
-    """A finished or interrupted training run: the best model, the metrics table, the final numbers, the directory."""
+    """A finished or interrupted training run: the best model, the metrics table, the final numbers, the directory.
+
+    >>> metrics = pd.DataFrame({"step": [10, 20], "val_loss": [2.5, 2.0]})
+    >>> run = Run(model=None, metrics=metrics, summary={"best": 2.0, "steps": 20}, path=Path("runs/example"))
+    >>> bool(run.summary["best"] == run.metrics["val_loss"].min())
+    True
+    """
 
     model: Transformer
     metrics: pd.DataFrame
@@ -789,7 +962,15 @@ class Run:
 
 
 def load_model(directory: str | os.PathLike, architecture: type = Transformer) -> nn.Module:
-    """`from_pretrained` of a local directory, in evaluation mode, without its chatter on standard output."""
+    """`from_pretrained` of a local directory, in evaluation mode, without its chatter on standard output.
+
+    >>> model = Transformer(ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     again = load_model(folder)
+    >>> again.config == model.config, again.training
+    (True, False)
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         return architecture.from_pretrained(directory).eval()
 
@@ -864,7 +1045,11 @@ def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) ->
 
 
 def describe_machine() -> dict[str, str]:
-    """Device and versions, for the first cell and for each run's record."""
+    """Device and versions, for the first cell and for each run's record.
+
+    >>> sorted(describe_machine())
+    ['commit', 'device', 'numpy', 'python', 'torch']
+    """
     cpuinfo = Path("/proc/cpuinfo")
     cpus = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x] if cpuinfo.exists() else []
     cpu = f"{cpus[0] if cpus else platform.processor()}, {torch.get_num_threads()} threads"
@@ -880,7 +1065,11 @@ def describe_machine() -> dict[str, str]:
 
 
 def mixed_precision() -> str:
-    """bf16 on GPUs that have it, fp16 with loss scaling on older ones (T4), full precision on CPU."""
+    """bf16 on GPUs that have it, fp16 with loss scaling on older ones (T4), full precision on CPU.
+
+    >>> mixed_precision() in ("no", "fp16", "bf16")
+    True
+    """
     if not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
@@ -901,11 +1090,22 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         quiet: no progress bar, and not a word if the run is only loaded.
 
     Raises:
-        ValueError: too few steps, a batch that processes and micro-batches cannot share evenly, or no sound checkpoint.
+        ValueError: no ids, too few steps, a batch that processes and micro-batches cannot share evenly, or no sound checkpoint.
         RuntimeError: the loss is not finite or far above that of a blank model; names the step, the learning rates and the last
             good checkpoint.
+
+    >>> ids = torch.arange(4, 10).repeat(20)  # a text that says abcdefabcdef...
+    >>> shape = ModelConfig(vocab_size=10, seq_len=8, n_layer=1, n_head=2, n_embd=8)
+    >>> job = Job(shape, TrainConfig(steps=8, batch_size=4, evals=2), ids, ids)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = train("abc", job, root=folder, quiet=True)
+    ...     again = train("abc", job, root=folder, quiet=True)  # complete: only loaded
+    >>> run.metrics["step"].tolist(), run.summary == again.summary, run.summary["best"] < math.log(10)
+    ([4, 8], True, True)
     """
     config = job.train
+    if not (job.train_ids.numel() and job.val_ids.numel()):
+        raise ValueError(f"{job.train_ids.numel()} ids to train on and {job.val_ids.numel()} to validate on: pass some of each")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
     if min(config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation) < 1:
         raise ValueError(f"{config}: pass at least one step, one window a batch, one evaluation of one window")
@@ -1031,7 +1231,16 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
 
 
 def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
-    """All runs under `root`/runs, a row each: where their configurations differ, best validation, tokens, seconds, commit."""
+    """All runs under `root`/runs, a row each: where their configurations differ, best validation, tokens, seconds, commit.
+
+    >>> record = {"model": {"n_layer": 2}, "parameters": 928, "device": "a CPU", "commit": "none"}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for seed in (0, 1):
+    ...         note = json.dumps(record | {"train": {"seed": seed}})
+    ...         write_atomically(Path(folder, "runs", f"tiny-{seed}", "run.json"), note.encode())
+    ...     runs_table(folder)[["row", "seed"]].to_numpy().tolist()
+    [['tiny-0', 0], ['tiny-1', 1]]
+    """
     rows = []
     for path in sorted(Path(root).glob("runs/*/run.json")):
         record = json.loads(path.read_text())
@@ -1049,7 +1258,14 @@ def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
 
 
 def plot_curves(runs: dict[str, Run], ax, metric: str = "val_loss", clock: str = "step", colors: dict | None = None) -> None:
-    """One metric of several runs against "step", "tokens" or "seconds"; `colors` by the runs' names."""
+    """One metric of several runs against "step", "tokens" or "seconds"; `colors` by the runs' names.
+
+    >>> from matplotlib.figure import Figure
+    >>> axes, metrics = Figure().subplots(), pd.DataFrame({"step": [10, 20], "val_loss": [2.5, 2.0]})
+    >>> plot_curves({"LLaDA": Run(None, metrics, {}, Path("runs/example"))}, axes)
+    >>> axes.lines[0].get_label(), axes.get_xlabel(), axes.get_ylabel()
+    ('LLaDA', 'step', 'val_loss')
+    """
     for name, run in runs.items():
         ax.plot(run.metrics[clock], run.metrics[metric], label=name, color=(colors or {}).get(name))
     ax.set(xlabel=clock, ylabel=metric)
@@ -1062,7 +1278,12 @@ def plot_curves(runs: dict[str, Run], ax, metric: str = "val_loss", clock: str =
 
 @dataclass
 class Generation:
-    """What a sampler made. Every intermediate state follows from `ids` and `order` (see `state_after`), or is in `states`."""
+    """What a sampler made. Every intermediate state follows from `ids` and `order` (see `state_after`), or is in `states`.
+
+    >>> made = Generation(ids=torch.tensor([[7, 8, 9]]), order=torch.tensor([[-1, 1, 0]]), nfe=2)
+    >>> [made.state_after(step)[0].tolist() for step in (-1, 0, 1)]
+    [[7, 1, 1], [7, 1, 9], [7, 8, 9]]
+    """
 
     ids: Tensor  # LongTensor[B, L], the finished sequences
     order: Tensor  # LongTensor[B, L], the step (from 0) that committed a position for good; -1 where it was given
@@ -1110,6 +1331,12 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
 
     The draw inverts the cumulative distribution in float64: float32 Gumbel noise would lower the temperature (Zheng et
     al. 2024, arXiv:2409.02908). ValueError where every token has the logit -inf.
+
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0, -math.inf]]).expand(1000, -1)  # probabilities 0.09, 0.67, 0.24, 0
+    >>> sample_tokens(logits, 1.0, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4).tolist()
+    [80, 685, 235, 0]
+    >>> sample_tokens(logits, 1.0, 0.7, torch.Generator().manual_seed(0)).bincount(minlength=4).tolist()
+    [0, 738, 262, 0]
     """
     if bool(logits.amax(dim=-1).isneginf().any()):
         raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
@@ -1197,6 +1424,12 @@ def reverse_process(
     Raises:
         ValueError: an argument out of range, blocks that do not divide the masks or the steps, nothing to fill, or a
             template longer than the model's `seq_len`.
+
+    >>> def predict(ids):  # sure of 4, 5, 6, 7, and the surer the further right
+    ...     return (torch.eye(8)[4:] * torch.arange(1, 5)[:, None]).expand(len(ids), -1, -1)
+    >>> made = reverse_process(predict, torch.tensor([[MASK_ID, 5, MASK_ID, MASK_ID]]), mask_id=MASK_ID, steps=3)
+    >>> made.ids.tolist(), made.order.tolist(), made.nfe
+    ([[4, 5, 6, 7]], [[2, -1, 1, 0]], 3)
     """
     _check_sampling(temperature, top_p)
     if template.ndim != 2:
@@ -1313,6 +1546,11 @@ def infill(model: MaskPredictor, tokenizer: "CharTokenizer", texts: list[str], *
 
     Raises:
         ValueError: a text without a blank, or what `reverse_process` raises.
+
+    >>> tokenizer = CharTokenizer.from_text("abcd")
+    >>> alphabet = lambda ids: torch.eye(8)[4:][: ids.shape[1]].expand(len(ids), -1, -1)  # sure of abcd
+    >>> infill(alphabet, tokenizer, ["a[_]c[_]", "[__]c"], steps=2)
+    ['abcd', 'abc']
     """
     rows = []
     for text in texts:
@@ -1346,6 +1584,10 @@ def generate_ar(
 
     Raises:
         ValueError: length < 1, sampling arguments out of range, or P + length above the model's `seq_len`.
+
+    >>> successor = lambda ids: 9 * torch.eye(8)[(ids + 1).clamp(max=7)]  # after 4 comes 5, after 5 comes 6, ...
+    >>> generate_ar(successor, torch.tensor([[4, 5]]), 2, start_id=START_ID).ids.tolist()
+    [[4, 5, 6, 7]]
     """
     _check_sampling(temperature, top_p)
     if prompt.ndim != 2 or length < 1:
@@ -1388,6 +1630,11 @@ def ar_nll(
     """Exact -log p of each sequence under the AR model, FloatTensor[B], nats (Eq. 2).
 
     `counted` BoolTensor[B, L], default all but padding: the tokens whose conditional probabilities enter, given all before them.
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> rows = torch.tensor([[4, 5, 6], [4, PAD_ID, PAD_ID]])
+    >>> (ar_nll(blank, rows, START_ID) / math.log(8)).round(decimals=3).tolist()
+    [3.0, 1.0]
     """
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
     counted = sequences != pad_id if counted is None else _check_maskable(sequences, counted)
@@ -1402,13 +1649,24 @@ def _on_device(model, *tensors: Tensor):
 
 @_inference
 def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
-    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
+    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats.
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> (masked_nll(blank, torch.tensor([[4, 5, 6]]), mask, MASK_ID) / math.log(8)).round(decimals=3).tolist()
+    [[0.0, 1.0, 1.0]]
+    """
     sequences, mask = _on_device(model, sequences, _check_maskable(sequences, mask))
     return _nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
 
 
 def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """BoolTensor[K, B, L]: exactly `count` LongTensor[K, B] of each row's `maskable` tokens BoolTensor[B, L], at random."""
+    """BoolTensor[K, B, L]: exactly `count` LongTensor[K, B] of each row's `maskable` tokens BoolTensor[B, L], at random.
+
+    >>> masks = exact_masks(torch.tensor([[1], [2]]), torch.tensor([[True, True, False, True]]))
+    >>> tuple(masks.shape), masks.sum(dim=-1).tolist(), bool(masks[..., 2].any())
+    ((2, 1, 4), [[1], [2]], False)
+    """
     noise = _uniform((*count.shape, maskable.shape[-1]), maskable, generator).masked_fill(~maskable, 2.0)
     return noise.argsort(dim=-1).argsort(dim=-1) < count[..., None]
 
@@ -1446,6 +1704,10 @@ def nelbo(
 
     Raises:
         ValueError: n_samples < 1, or shapes that do not fit.
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> (nelbo(blank, torch.tensor([[4, 5, 6, 7]]), MASK_ID, n_samples=4) / math.log(8)).round(decimals=3).tolist()
+    [4.0]
     """
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples}: pass at least 1")
@@ -1501,6 +1763,10 @@ def any_order_nll(
 
     The mean over orders is the NELBO. The sampler that reveals uniformly one token at a time has p(x) = E_order exp(-nll), so
     that -log mean exp(-nll) over K orders is a tighter bound, exact as K grows. One forward pass per token and order.
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> (any_order_nll(blank, torch.tensor([[4, 5, 6]]), MASK_ID, n_orders=2) / math.log(8)).round(decimals=3).tolist()
+    [[3.0], [3.0]]
     """
     if n_orders < 1:
         raise ValueError(f"n_orders={n_orders}: pass at least 1")
@@ -1524,7 +1790,12 @@ def log_likelihood(
     cfg_scale: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> float:
-    """Lower bound on log p(response | prompt), nats, at most 0; prompt LongTensor[P] stays visible (Eq. 6)."""
+    """Lower bound on log p(response | prompt), nats, at most 0; prompt LongTensor[P] stays visible (Eq. 6).
+
+    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
+    >>> round(log_likelihood(blank, torch.tensor([4, 5]), torch.tensor([6]), MASK_ID, n_samples=2), 4)  # -ln 8
+    -2.0794
+    """
     return choose(model, prompt, [response], mask_id, n_samples=n_samples, cfg_scale=cfg_scale, generator=generator)[1][0]
 
 
@@ -1546,6 +1817,11 @@ def choose(
 
     Raises:
         ValueError: no option, an empty one, or shapes that are not vectors.
+
+    >>> alphabet = lambda ids: 5 * torch.eye(8)[4:].expand(len(ids), -1, -1)  # sure of 4, 5, 6, 7
+    >>> index, scores = choose(alphabet, torch.tensor([4, 5]), [torch.tensor([7, 6]), torch.tensor([6, 7])], MASK_ID, n_samples=4)
+    >>> index, [round(score, 2) for score in scores]
+    (1, [-10.09, -0.09])
     """
     if not options or any(o.ndim != 1 or len(o) == 0 for o in options) or prompt.ndim != 1:
         raise ValueError("pass a prompt of shape [P] and at least one option of shape [R], R >= 1")
@@ -1573,6 +1849,10 @@ def per_character(nats: Tensor, counts: Tensor) -> tuple[float, float]:
 
     Args:
         nats, counts: [N], the nats and the number of characters of each window.
+
+    >>> mean, half = per_character(torch.tensor([20.0, 22.0]), torch.tensor([10, 10]))
+    >>> round(mean, 3), round(half, 3)
+    (2.1, 0.196)
     """
     nats, counts = nats.double(), counts.double()
     mean = nats.sum() / counts.sum()
@@ -1589,12 +1869,20 @@ COPY_LIMIT = 64
 
 
 def copy_index(corpus: str) -> list[str]:
-    """The sorted beginnings, COPY_LIMIT characters each, of everything in `corpus`: what `longest_copy` looks up."""
+    """The sorted beginnings, COPY_LIMIT characters each, of everything in `corpus`: what `longest_copy` looks up.
+
+    >>> copy_index("banana")
+    ['a', 'ana', 'anana', 'banana', 'na', 'nana']
+    """
     return sorted(corpus[i : i + COPY_LIMIT] for i in range(len(corpus)))
 
 
 def longest_copy(text: str, index: list[str]) -> int:
-    """Length of the longest run of `text` that stands verbatim in the corpus of `index`, at most COPY_LIMIT."""
+    """Length of the longest run of `text` that stands verbatim in the corpus of `index`, at most COPY_LIMIT.
+
+    >>> longest_copy("a bandana", copy_index("banana"))
+    3
+    """
     best = 0
     for i in range(len(text)):
         piece = text[i : i + COPY_LIMIT]
@@ -1606,7 +1894,12 @@ def longest_copy(text: str, index: list[str]) -> int:
 
 
 def text_metrics(texts: list[str], index: list[str], words: set[str]) -> dict[str, float]:
-    """Coherence and diversity of one group of texts; the training text gives `index` (`copy_index`) and lower-case `words`."""
+    """Coherence and diversity of one group of texts; the training text gives `index` (`copy_index`) and lower-case `words`.
+
+    >>> metrics = text_metrics(["the cat sat on"], copy_index("the cat sat"), {"the", "cat", "sat"})
+    >>> metrics["known words"], round(metrics["distinct-3"], 3), metrics["longest copy"]
+    (1.0, 0.917, 11.0)
+    """
     inner = [w.lower() for text in texts for w in WORD.findall(text)[1:-1]]  # the outer words may be cut by the window
     trigrams = [text[i : i + 3] for text in texts for i in range(len(text) - 2)]
     counts = np.array(list(Counter("".join(texts)).values()))
@@ -1620,7 +1913,11 @@ def text_metrics(texts: list[str], index: list[str], words: set[str]) -> dict[st
 
 
 def grouped(values: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over groups and, in columns named "... ±", the half-width of its 95% interval (Student's t)."""
+    """Mean over groups and, in columns named "... ±", the half-width of its 95% interval (Student's t).
+
+    >>> {name: round(float(value), 3) for name, value in grouped([{"x": 1.0}, {"x": 3.0}]).items()}
+    {'x': 2.0, 'x ±': 2.365}
+    """
     table = pd.DataFrame(values)
     half = T_QUANTILE * table.std() / len(table) ** 0.5
     return {key: number for name in table for key, number in ((name, table[name].mean()), (f"{name} ±", half[name]))}
@@ -1636,20 +1933,43 @@ FIGURES = Path("figures")
 
 
 def save_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Write figures/tables/NAME.csv (four decimals) and hand the same rounded table back for display."""
+    """Write figures/tables/NAME.csv (four decimals) and hand the same rounded table back for display.
+
+    >>> from unittest import mock
+    >>> with tempfile.TemporaryDirectory() as folder, mock.patch.dict(save_table.__globals__, FIGURES=Path(folder)):
+    ...     _ = save_table(pd.DataFrame({"row": ["a"], "x": [1 / 3]}), "thirds")
+    ...     Path(folder, "tables", "thirds.csv").read_text().split()
+    ['row,x', 'a,0.3333']
+    """
     table = table.round(4)
     write_atomically(FIGURES / "tables" / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
     return table
 
 
 def save_figure(figure, name: str) -> None:
-    """Write figures/NAME.png."""
+    """Write figures/NAME.png.
+
+    >>> from unittest import mock
+    >>> from matplotlib.figure import Figure
+    >>> with tempfile.TemporaryDirectory() as folder, mock.patch.dict(save_figure.__globals__, FIGURES=Path(folder)):
+    ...     save_figure(Figure(figsize=(1, 1)), "empty")
+    ...     [path.name for path in Path(folder).iterdir()]
+    ['empty.png']
+    """
     FIGURES.mkdir(exist_ok=True)
     figure.savefig(FIGURES / f"{name}.png", dpi=130, bbox_inches="tight")
 
 
 def markdown_table(path: Path) -> str:
-    """A CSV file as a Markdown table."""
+    r"""A CSV file as a Markdown table.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "t.csv").write_text("row,x\na,1.50\n")
+    ...     print(markdown_table(Path(folder, "t.csv")))
+    | row | x |
+    | --- | --- |
+    | a | 1.50 |
+    """
     rows = [[str(cell) for cell in row] for row in pd.read_csv(path, dtype=str, keep_default_na=False).itertuples(index=False)]
     header = pd.read_csv(path, nrows=0).columns
     lines = [header, ["---"] * len(header), *rows]
@@ -1657,11 +1977,16 @@ def markdown_table(path: Path) -> str:
 
 
 def fill_report(text: str, tables: Path = FIGURES / "tables") -> str:
-    """Put the tables' numbers between the markers of a Markdown text.
+    r"""Put the tables' numbers between the markers of a Markdown text.
 
     `<!-- table NAME -->...<!-- end -->` becomes the table, `<!-- NAME ; ROW ; COLUMN -->...<!-- end -->` one cell, where ROW
     is the value of the first column. Markers of tables that were not made here are left as they are. ValueError if a table lacks
     the row or column.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "t.csv").write_text("row,x\na,1.50\n")
+    ...     fill_report("x = <!-- t ; a ; x -->?<!-- end -->", Path(folder))
+    'x = <!-- t ; a ; x -->1.50<!-- end -->'
     """
 
     def number(match: re.Match) -> str:
@@ -1682,6 +2007,83 @@ def fill_report(text: str, tables: Path = FIGURES / "tables") -> str:
     return re.sub(r"(<!-- ([\w-]+) ; (.*?) ; (.*?) -->).*?<!-- end -->", number, text, flags=re.DOTALL)
 
 
+REPORT_STYLE = """
+@page { size: A4; margin: 13mm 17mm }
+body { margin: 0; font: 9.5pt/1.27 "Liberation Serif", "Times New Roman", Times, serif; text-align: justify }
+h1 { font-size: 16pt } h2 { font-size: 11.5pt; break-after: avoid } h1, h2 { margin: 0.6em 0 0.2em; text-align: left }
+p, ul { margin: 0.35em 0 } ul { padding-left: 1.3em } li { margin: 0.1em 0 } sub, sup { line-height: 0 }
+code { font: 0.87em "Liberation Mono", monospace; overflow-wrap: anywhere }
+table { border-collapse: collapse; margin: 0.6em auto; font-size: 0.92em; text-align: left; break-inside: avoid }
+th, td { padding: 0.05em 0.9em 0.05em 0; border-bottom: 0.5px solid #ccc } th { border-bottom: 1px solid #000 }
+p:has(img) { text-align: center; break-inside: avoid } img { vertical-align: top } p:has(img + img) img { width: 49% !important }
+"""
+
+
+def _formula(formula: str) -> str:
+    """A short LaTeX formula as HTML: letters in italics, functions upright, other commands by the HTML names of characters."""
+    upright = {"ln": "ln ", "log": "log ", "sqrt": "√"}
+
+    def sign(m: re.Match) -> str:
+        return upright.get(m[1], f"&{m[1]};") if m[1] else f"<i>{m[0]}</i>" if m[0].isalpha() else html.escape(m[0])
+
+    made = re.sub(r"\\([A-Za-z]+) ?|[A-Za-z<>&]", sign, formula.replace("-", "−"))
+    made = re.sub(r"\^(\{.*?\}|<i>.</i>|&\w+;|.)", r"<sup>\1</sup>", made)
+    return re.sub("[{}]", "", re.sub(r"_(\{.*?\}|<i>.</i>|&\w+;|.)", r"<sub>\1</sub>", made))
+
+
+def report_html(text: str, folder: Path = Path("."), width: int = 75) -> str:
+    """Markdown as one page of HTML for print: tables, short formulas, and the figures of `folder`, `width` percent wide.
+
+    >>> report_html("# Title\\n\\nweighed *by* $1/t$").partition("</style>")[2].split("\\n")
+    ['<h1>Title</h1>', '<p>weighed <em>by</em> 1/<i>t</i></p>', '</html>']
+    """
+    import mistune
+
+    def figure(text: str, url: str, title: str | None = None) -> str:
+        data = base64.b64encode((folder / url).read_bytes()).decode()
+        return f'<img alt="{text}" style="width: {width}%" src="data:image/png;base64,{data}">'
+
+    markdown = mistune.create_markdown(escape=False, plugins=["table", "math"])
+    markdown.renderer.image, markdown.renderer.inline_math = figure, _formula
+    text = re.sub(r"\s*±\s*(?=\d)", "\u00a0±\u00a0", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
+    title = html.escape(text.strip().partition("\n")[0].strip("# "))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{REPORT_STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}{markdown(text)}</html>'
+
+
+def save_report(source: Path, target: Path, most_pages: int = 3) -> str:
+    """Print a Markdown report with Chromium, its figures as wide as `most_pages` allow; says what was written.
+
+    Raises:
+        ValueError: there is no Chromium, it fails, or the text is too long.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, PATH=""):
+    ...     save_report(Path("analysis.md"), Path("analysis.pdf"))
+    Traceback (most recent call last):
+    ValueError: no Chromium to print with: install it (apt-get install chromium) or Google Chrome
+    """
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        raise ValueError("no Chromium to print with: install it (apt-get install chromium) or Google Chrome")
+    text, pages = source.read_text(encoding="utf-8"), 0
+    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:  # a snap cannot read /tmp
+        page, pdf = Path(scratch).resolve() / "page.html", Path(scratch).resolve() / "page.pdf"
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
+        command += ["--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri()]
+        for width in range(80, 45, -5):
+            page.write_text(report_html(text, source.parent, width), encoding="utf-8")
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            if done.returncode or not pdf.exists():
+                raise ValueError(f"{browser} printed nothing; pass a working one first in PATH. It said: {done.stderr[-500:]}")
+            pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+            if pages <= most_pages:
+                mark = f"% of {source.name}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}\n"  # is it up to date?
+                write_atomically(target, pdf.read_bytes() + mark.encode())
+                return f"{target}: {pages} pages, figures {width}% wide"
+    raise ValueError(f"{source} needs {pages} pages even with figures half as wide as the text; pass a shorter text")
+
+
 def _states(generation: Generation, row: int, step: int) -> Tensor:
     """LongTensor[L] after `step`: 0 masked, 1 just committed (or changed by a revision), 2 settled or given."""
     order = generation.order[row]
@@ -1693,7 +2095,13 @@ def _states(generation: Generation, row: int, step: int) -> Tensor:
 
 
 def filmstrip(generation: Generation, tokenizer: CharTokenizer, row: int = 0, frames: int = 8, width: int = 64):
-    """A figure of one generation: a strip per step, newly committed characters marked, masks as grey blocks."""
+    """A figure of one generation: a strip per step, newly committed characters marked, masks as grey blocks.
+
+    >>> made = Generation(ids=torch.tensor([[4, 5, 6]]), order=torch.tensor([[-1, 1, 0]]), nfe=2)
+    >>> figure = filmstrip(made, CharTokenizer.from_text("abc"))
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['step 0', 'a', '', '', 'step 1', 'a', '', 'c', 'step 2', 'a', 'b', 'c']
+    """
     from matplotlib.figure import Figure
 
     last = int(generation.order[row].max())
@@ -1933,7 +2341,12 @@ def save_gif(name: str, film: Film, tokenizer: CharTokenizer, *, width: int = 40
 
 @dataclass(frozen=True)
 class Crossover:
-    """Sizes of the data-constrained experiment: each length of training text x each number of steps."""
+    """Sizes of the data-constrained experiment: each length of training text x each number of steps.
+
+    >>> sizes = Crossover(64, 2, 2, 32, 16, characters=(1_000, 4_000), steps=(10, 40))
+    >>> sizes.batch_size * sizes.seq_len * sizes.steps[1] / sizes.characters[0]  # most epochs
+    40.96
+    """
 
     seq_len: int
     n_layer: int
@@ -1946,7 +2359,12 @@ class Crossover:
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes and iterations of everything in the notebook."""
+    """Sizes and iterations of everything in the notebook.
+
+    >>> shape = PRESETS["smoke"].model(vocab_size=69, causal=True, dropout=0.1)
+    >>> shape.seq_len, shape.n_layer, shape.dropout
+    (64, 2, 0.1)
+    """
 
     name: str
     seq_len: int
@@ -2028,7 +2446,13 @@ PRESETS["cpu_long"] = replace(
 
 
 def choose_preset() -> Preset:
-    """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu"."""
+    """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu".
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, LLADA_PRESET="smoke"):
+    ...     choose_preset().name
+    'smoke'
+    """
     name = os.environ.get("LLADA_PRESET") or ("gpu" if torch.cuda.is_available() else "cpu")
     if name not in PRESETS:
         raise ValueError(f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
@@ -2041,7 +2465,13 @@ def choose_preset() -> Preset:
 
 
 def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor):
-    """The MDLM tutorial's loss: the mean cross-entropy over all masked tokens of the batch, whatever t. Not a bound."""
+    """The MDLM tutorial's loss: the mean cross-entropy over all masked tokens of the batch, whatever t. Not a bound.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> _, _, weight = masked_mean(ids, torch.Generator().manual_seed(0), learned)
+    >>> len(weight[weight > 0].unique()), round(float(weight.sum()), 3)  # the same for all; a mean over rows divides by 4
+    (1, 4.0)
+    """
     t = 1 - torch.rand(len(sequences), generator=generator)
     inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
@@ -2052,6 +2482,11 @@ def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: T
     """The exercise's sketch: each row's mean over its masked tokens, divided by t.
 
     A window then weighs 1 / t whenever anything is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> _, _, weight = masked_mean_over_t(ids, torch.Generator().manual_seed(0), learned)
+    >>> [round(float(w), 1) for w in weight.sum(dim=1)]  # 1 / t, whatever the number of masks
+    [1.1, 1.6, 2.7, 7.9]
     """
     t = stratified_times(len(sequences), generator)
     inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
@@ -2060,17 +2495,35 @@ def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: T
 
 
 def independent_times(sequences: Tensor, generator: torch.Generator, learned: Tensor):
-    """Eq. 3 with one independent t per row."""
+    """Eq. 3 with one independent t per row.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = independent_times(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == MASK_ID).sum(dim=1).tolist()  # masks in each row
+    [27, 14, 47, 46]
+    """
     return diffusion_batch(sequences, generator, learned, t=1 - torch.rand(len(sequences), generator=generator))
 
 
 def one_time_per_batch(sequences: Tensor, generator: torch.Generator, learned: Tensor):
-    """Eq. 3 with one t for the whole batch (tutorial A)."""
+    """Eq. 3 with one t for the whole batch (tutorial A).
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = one_time_per_batch(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == MASK_ID).sum(dim=1).tolist()  # about as many masks in each row
+    [29, 20, 30, 29]
+    """
     return diffusion_batch(sequences, generator, learned, t=float(1 - torch.rand(1, generator=generator)))
 
 
 def importance_times(sequences: Tensor, generator: torch.Generator, learned: Tensor):
-    """Eq. 3 with t from the density 1/2 + t, more often where more is masked, and the weight divided by that density."""
+    """Eq. 3 with t from the density 1/2 + t, more often where more is masked, and the weight divided by that density.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = importance_times(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == MASK_ID).sum(dim=1).tolist()  # stratified, and more than half are masked on average
+    [46, 35, 30, 12]
+    """
     u = stratified_times(len(sequences), generator)
     t = 2 * u / ((0.25 + 2 * u).sqrt() + 0.5)  # not sqrt - 0.5, which rounds to 0 for small u
     inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
@@ -2078,7 +2531,13 @@ def importance_times(sequences: Tensor, generator: torch.Generator, learned: Ten
 
 
 def complementary_masks(sequences: Tensor, generator: torch.Generator, learned: Tensor):
-    """Eq. 3 with half as many windows, each under a mask and under its complement, at t and 1 - t."""
+    """Eq. 3 with half as many windows, each under a mask and under its complement, at t and 1 - t.
+
+    >>> ids, learned = torch.full((2, 6), 5), torch.ones(2, 6, dtype=torch.bool)
+    >>> inputs, _, _ = complementary_masks(ids, torch.Generator().manual_seed(0), learned)
+    >>> inputs.tolist()
+    [[5, 1, 1, 1, 5, 1], [1, 5, 5, 5, 1, 5]]
+    """
     half = sequences[: -(-len(sequences) // 2)]
     t = stratified_times(len(half), generator).clamp(1e-3, 1 - 1e-3)
     t = t[torch.randperm(len(half), generator=generator)]  # the row without a partner has any of them
@@ -2095,7 +2554,13 @@ Jobs = dict[str, list[Job]]  # the rows of a table, each with one training per s
 
 
 def ablation_jobs(preset: Preset, config: TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> Jobs:
-    """LLaDA as it is, and with one thing changed; two seeds each."""
+    """LLaDA as it is, and with one thing changed; two seeds each.
+
+    >>> preset, ids = PRESETS["smoke"], torch.arange(4, 30)
+    >>> jobs = ablation_jobs(preset, preset.ablation[0], 30, ids, ids)
+    >>> [(job.model.dropout, job.train.seed) for job in jobs["dropout 0.1"]]
+    [(0.1, 0), (0.1, 1)]
+    """
 
     def reshaped(n_layer: int) -> dict:
         """Another depth at about the same number of parameters."""
@@ -2131,7 +2596,12 @@ def ablation_jobs(preset: Preset, config: TrainConfig, vocab_size: int, train_id
 
 
 def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> Jobs:
-    """LLaDA, AR and regularised AR on the first so many characters, for so many steps, each with its own decay."""
+    """LLaDA, AR and regularised AR on the first so many characters, for so many steps, each with its own decay.
+
+    >>> ids = torch.arange(4, 30)
+    >>> list(crossover_jobs(SMALL_CROSSOVER, 30, ids, ids))[2]  # 3 lengths x 2 numbers of steps x 3 kinds
+    'AR, regularised, 1,000 characters, 10 steps'
+    """
     jobs, kinds = {}, {"LLaDA": (False, 0.0, 0.0), "AR": (True, 0.0, 0.0), "AR, regularised": (True, 0.2, 0.1)}
     for count in sizes.characters:
         for steps in sizes.steps:
@@ -2143,7 +2613,12 @@ def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids
 
 
 def recipe_jobs(preset: Preset, steps: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> Jobs:
-    """The MDLM tutorial's recipe (its 1,000 steps of warm-up, longer than this training, shortened to ours), and our LLaDA."""
+    """The MDLM tutorial's recipe (its 1,000 steps of warm-up, longer than this training, shortened to ours), and our LLaDA.
+
+    >>> ids = torch.arange(4, 30)
+    >>> {row: job.architecture.__name__ for row, (job,) in recipe_jobs(PRESETS["smoke"], 2, 30, ids, ids).items()}
+    {"MDLM tutorial's recipe": 'PostNormEncoder', 'ours': 'Transformer'}
+    """
     shape = ModelConfig(vocab_size, min(128, preset.seq_len), n_layer=6, n_head=8, n_embd=256)
     config = TrainConfig(steps, 64, muon_lr=0.0, adamw_lr=3e-4, weight_decay=0.01, evals=min(10, steps))
     tutorial = Job(shape, config, train_ids, val_ids, masked_mean, architecture=PostNormEncoder)
@@ -2155,6 +2630,15 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
 
     Each row's seeds are averaged window by window; the interval is over windows. The difference to the first row is paired: the
     same windows and masks. `only`: rows that match this regular expression; nothing is written then.
+
+    >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
+    >>> job = Job(ModelConfig(10, 8, n_layer=1, n_head=2, n_embd=8), TrainConfig(steps=1, batch_size=2, evals=1), ids, ids)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)  # runs/, checkpoints/ and figures/ are made where Python runs
+    ...     table = run_jobs("demo", {"base": [job]}, quiet=True)
+    ...     os.chdir(here)
+    >>> table["row"].tolist(), table["steps"].tolist(), table["tokens"].tolist()
+    (['base'], [1], [16])
     """
     rows, curves, first, windows_of_first = [], [], None, None
     for index, (row, trials) in enumerate(jobs.items()):
@@ -2187,6 +2671,13 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
 
 
 def suite_mark(trials: list[Job]) -> str:
+    """The fingerprints of a row's trainings, joined: what its numbers in a table were made by.
+
+    >>> ids = torch.arange(4, 10).repeat(10)
+    >>> job = Job(ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8), TrainConfig(steps=2, batch_size=2), ids, ids)
+    >>> len(suite_mark([job, job]))  # twelve digits each
+    25
+    """
     return "+".join(job.fingerprint() for job in trials)
 
 
@@ -2198,7 +2689,17 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def experiment(name: str, full: Jobs, short: Jobs) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """NAME.csv and NAME_curves.csv if they hold the results of `full` as the code is now, else those of `short`, trained here."""
+    """NAME.csv and NAME_curves.csv if they hold the results of `full` as the code is now, else those of `short`, trained here.
+
+    >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
+    >>> job = Job(ModelConfig(10, 8, n_layer=1, n_head=2, n_embd=8), TrainConfig(steps=1, batch_size=2, evals=1), ids, ids)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)
+    ...     _ = run_jobs("demo", {"full": [job]}, quiet=True)  # what the command line leaves behind
+    ...     table, curves = experiment("demo", full={"full": [job]}, short={})
+    ...     os.chdir(here)
+    demo: the full suite, read from figures/tables/demo.csv
+    """
     path, curves = (FIGURES / "tables" / f"{file}.csv" for file in (name, f"{name}_curves"))
     known, curve = (_read_table(p) for p in (path, curves))
     marks = dict(zip(known["row"], known["fingerprint"])) if {"row", "fingerprint"} <= set(known) else {}
@@ -2209,10 +2710,16 @@ def experiment(name: str, full: Jobs, short: Jobs) -> tuple[pd.DataFrame, pd.Dat
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: `python llada_helpers.py train --preset cpu --model llada`; see --help."""
+    """The command line: `python llada_helpers.py train --preset cpu --model llada`; see --help.
+
+    >>> with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+    ...     main(["train", "--help"])
+    >>> "--preset" in said.getvalue()
+    True
+    """
     parser = argparse.ArgumentParser(
-        description="Train outside the notebook, which then loads the finished runs and tables. Every command goes on where it "
-        "was interrupted. LLADA_DATA: a text file of your own; LLADA_RETRAIN=1: train from the start.",
+        description="Train outside the notebook, which then loads the finished runs and tables, or print the report. Training "
+        "goes on where it was interrupted. LLADA_DATA: a text file of your own; LLADA_RETRAIN=1: train from the start.",
         epilog="Several processes or GPUs: accelerate launch llada_helpers.py train ..., or torchrun --nproc-per-node 2 "
         "llada_helpers.py train ...; they share each batch.",
     )
@@ -2230,7 +2737,12 @@ def main(arguments: list[str] | None = None) -> None:
             options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
         else:
             options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
+    text = "print analysis.md as analysis.pdf, three A4 pages at most; needs Chromium"
+    commands.add_parser("report", help=text, description=text)
     arguments = parser.parse_args(arguments)
+    if arguments.command == "report":
+        print(save_report(Path("analysis.md"), Path("analysis.pdf")))
+        return
     preset = PRESETS[arguments.preset] if arguments.preset else choose_preset()
     text = load_text()
     tokenizer = CharTokenizer.from_text(text)

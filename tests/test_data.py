@@ -128,20 +128,32 @@ def test_text_is_normalised(tmp_path, raw, text):
     assert h.load_text(tmp_path / "t.txt") == text
 
 
-@pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf", b"\xff\xfe\x00a", None], ids=["empty", "only BOM", "not UTF-8", "missing"])
+BAD_FILES = {
+    "empty": (b"", "is empty"),
+    "only BOM": (b"\xef\xbb\xbf", "is empty"),
+    "white space": (b" \r\n\t\n", "only white space"),
+    "UTF-16 with BOM": ("\ufeffa\u00e9".encode("utf-16-le"), "not UTF-8"),
+    "UTF-16 without BOM": ("all ASCII".encode("utf-16-le"), "NUL"),
+    "Latin-1": ("na\u00efve".encode("latin-1"), "not UTF-8"),
+    "cut inside a character": ("a\u00e9".encode()[:-1], "not UTF-8"),
+    "missing": (None, "cannot read"),
+}
+
+
+@pytest.mark.parametrize("raw, complaint", BAD_FILES.values(), ids=BAD_FILES)
 @pytest.mark.parametrize("way", ["path", "environment"])
-def test_bad_file_is_an_error_that_names_it(tmp_path, monkeypatch, raw, way):
+def test_bad_file_is_an_error_that_names_it(tmp_path, monkeypatch, raw, complaint, way):
     path = tmp_path / "the_text.txt"
     if raw is not None:
         path.write_bytes(raw)
     if way == "environment":
         monkeypatch.setenv("LLADA_DATA", str(path))
-    with pytest.raises(ValueError, match=r"the_text\.txt"):
+    with pytest.raises(ValueError, match=rf"the_text\.txt.*{complaint}.*; pass |{complaint}.*the_text\.txt.*; pass "):
         h.load_text(path if way == "path" else None)
 
 
 def test_directory_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="pass"):
+    with pytest.raises(ValueError, match=r"directory.*; pass the path of a readable text file"):
         h.load_text(tmp_path)
 
 
@@ -264,3 +276,91 @@ def test_write_atomically_keeps_the_old_file_when_killed_before_the_rename(tmp_p
     with pytest.raises(KeyboardInterrupt):
         h.write_atomically(path, b"new and longer")
     assert path.read_bytes() == b"old"
+
+
+# --- a text of one's own, from the file to a filled template ---
+
+SEQ_LEN = 16
+EMOJI = "".join(map(chr, range(0x1F600, 0x1F600 + 60)))
+MANY = "".join(map(chr, range(0x20, 0x7F))) + "e\u0301\u0308\U0001f468\u200d\U0001f469\u200d\U0001f467\ufe0f\u202e\u2028█" + EMOJI
+MANY += "".join(map(chr, range(0x4E00, 0x4E00 + 200 - len(set(MANY)))))
+OWN_TEXTS = {
+    "a line shorter than a window": b"To be.",
+    "two characters": b"ab",
+    "the same character twice": b"aa",
+    "200 characters": (3 * MANY).encode(),
+    "Windows line ends": b"One line.\r\nAnother line.\r\n" * 5,
+    "byte-order mark": b"\xef\xbb\xbf" + b"After the mark. " * 5,
+    "old Mac line ends": b"One line.\rAnother line.\r" * 5,
+    "markup": b"<!-- table x --> $\\ln V$ {} %s <script>&amp;" * 2,
+}
+
+
+def learn_and_write(path, root, monkeypatch, causal):
+    """Everything that the notebook does with a text, at the smallest size; returns text, tokenizer, what was written."""
+    monkeypatch.setenv("LLADA_DATA", str(path))
+    text = h.load_text()
+    tokenizer = h.CharTokenizer.from_text(text)
+    train_ids, val_ids = h.split(tokenizer.encode(text))
+    assert tokenizer.decode(torch.cat((train_ids, val_ids))) == text, "nothing lost"
+    rows = h.windows(val_ids, SEQ_LEN)
+    model = h.ModelConfig(tokenizer.vocab_size, SEQ_LEN, n_layer=1, n_head=1, n_embd=8, causal=causal)
+    job = h.Job(model, h.TrainConfig(steps=2, batch_size=2, evals=1, eval_windows=2), train_ids, val_ids)
+    run = h.train("own", job, root=root, quiet=True)
+    assert run.summary["steps"] == 2 and 0 < run.summary["best"] < 3 * torch.tensor(tokenizer.vocab_size).log()
+    prompt = rows[:1, :1]
+    special = (h.PAD_ID, h.START_ID, h.END_ID)
+    if causal:
+        made = h.generate_ar(run.model, prompt, SEQ_LEN - 1, start_id=h.START_ID, forbidden=(h.MASK_ID, *special))
+    else:
+        template = torch.cat((prompt, torch.full((1, SEQ_LEN - 1), h.MASK_ID)), dim=1)
+        made = h.reverse_process(run.model, template, mask_id=h.MASK_ID, steps=3, temperature=1.0, forbidden=special)
+    return text, tokenizer, tokenizer.decode(made.ids[0])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["LLaDA", "AR"])
+@pytest.mark.parametrize("raw", OWN_TEXTS.values(), ids=OWN_TEXTS)
+def test_own_text_is_learned_and_continued(tmp_path, monkeypatch, raw, causal):
+    path = tmp_path / "own.txt"
+    path.write_bytes(raw)
+    text, tokenizer, written = learn_and_write(path, tmp_path, monkeypatch, causal)
+    assert text.encode() == raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").removeprefix(b"\xef\xbb\xbf")
+    assert tokenizer.vocab_size == 4 + len(set(text))
+    assert len(written) == SEQ_LEN and set(written) <= set(text)
+    assert h.corpus_name(text) == "own"
+
+
+def test_the_text_of_many_characters_has_200():
+    assert len(set(MANY)) == 200
+
+
+@pytest.mark.parametrize("text", ["a", "\u00e9", "\U0001f600"])
+def test_one_character_cannot_be_split(tmp_path, monkeypatch, text):
+    path = tmp_path / "own.txt"
+    path.write_bytes(text.encode())
+    with pytest.raises(ValueError, match="pass a longer text"):
+        learn_and_write(path, tmp_path, monkeypatch, causal=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["own.txt"], "nothing half made"
+
+
+@pytest.mark.parametrize("count, fraction", [(0, 0.8), (1, 0.8), (5, 0.1), (5, 0.0), (5, 1.0), (5, 1.2), (5, -0.5)])
+def test_split_into_an_empty_part_is_an_error(count, fraction):
+    with pytest.raises(ValueError, match="pass"):
+        h.split(torch.arange(count), fraction)
+
+
+@given(st.integers(2, 200), st.floats(0.5, 0.99))
+def test_split_cuts_once_by_position(count, fraction):
+    a, b = h.split(torch.arange(count), fraction)
+    assert torch.cat((a, b)).tolist() == list(range(count)) and len(a) and len(b)
+
+
+@pytest.mark.parametrize("train_count, val_count", [(0, 9), (9, 0), (0, 0)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_train_on_nothing_is_an_error_before_anything_is_written(tmp_path, train_count, val_count, rows):
+    model = h.ModelConfig(vocab_size=9, seq_len=4, n_layer=1, n_head=1, n_embd=8)
+    shape = [(n, 4) if rows else (n,) for n in (train_count, val_count)]
+    data = [torch.full(s, 5) for s in shape]
+    with pytest.raises(ValueError, match=f"{data[0].numel()} ids to train on.* pass some"):
+        h.train("none", h.Job(model, h.TrainConfig(steps=1, batch_size=1), *data), root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
