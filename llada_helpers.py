@@ -2237,7 +2237,7 @@ class DenoisingViewer(widgets.VBox):
         self.panels = self._stack([])
         widgets.jslink((self.choice, "index"), (self.panels, "selected_index"))
         self.prompt = widgets.Text(placeholder="a prompt of your own")
-        self.again = widgets.Button(description="generate again")
+        self.again = widgets.Button(description="generate again", layout={"flex": "none"})
         self.again.on_click(self._generate_again)
         self.message = widgets.HTML("needs a running kernel")
         live = [widgets.HBox([self.prompt, self.again, self.message])] if generate else []
