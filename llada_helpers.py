@@ -37,6 +37,7 @@ import hashlib
 import html
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -53,7 +54,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import requests
@@ -867,9 +870,19 @@ class PostNormEncoder(nn.Module, PyTorchModelHubMixin):
         return self.head(self.norm(self.encoder(x, src_key_padding_mask=ids == PAD_ID)))
 
 
+_OWN_SOURCE = Path(__file__).read_text()  # as imported: the file may be edited while experiments run for hours
+
+
+@functools.cache
+def _own_code() -> dict[str, ast.stmt]:
+    return {node.name: node for node in ast.parse(_OWN_SOURCE).body if hasattr(node, "name")}
+
+
+@functools.cache
 def _code(thing: Callable) -> str:
     """The source of a function or class without comments and docstrings, so that better words do not mean another training."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    own = _own_code().get(thing.__name__) if thing.__module__ == __name__ else None
+    tree = own or ast.parse(textwrap.dedent(inspect.getsource(thing)))
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -915,7 +928,7 @@ class Job:
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change with the configuration, the data, the first weights or the code of the training path."""
-        code = [forward_process, stratified_times, diffusion_batch, _rms_norm, _rotate, Block, self.architecture]
+        code = [_uniform, forward_process, stratified_times, diffusion_batch, _rms_norm, _rotate, Block, self.architecture]
         code += [self.batch_function, self.learned]
         code += [weighted_nll, orthogonalize, Muon, make_optimizers, training_batch, learning_rate_factor, optimizer_step]
         code += [validation_nats]
@@ -971,8 +984,8 @@ def _save_best(model: nn.Module, directory: Path) -> None:
     temporary.rmdir()
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], notes: str) -> str:
+    digest = hashlib.sha256(notes.encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -985,7 +998,8 @@ def _save_state(path: Path, older: Path, model: nn.Module, optimizers: list, met
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{i}.{j}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
     with _atomically(path) as temporary:
-        save_file(tensors, temporary, metadata={"meta": json.dumps(meta), "sha256": _checksum(tensors)})
+        notes = json.dumps(meta)
+        save_file(tensors, temporary, metadata={"meta": notes, "sha256": _checksum(tensors, notes)})
         if path.exists():
             os.replace(path, older)
 
@@ -994,11 +1008,12 @@ def _load_state(path: Path, mark: str, model: nn.Module, optimizers: list) -> di
     try:
         with safe_open(path, "pt") as file:
             tensors, notes = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
-        meta, whole = json.loads(notes["meta"]), notes["sha256"] == _checksum(tensors)
+        whole = notes["sha256"] == _checksum(tensors, notes["meta"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to train from the start") from error
     if not whole:
         raise ValueError(f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start")
+    meta = json.loads(notes["meta"])
     if meta["fingerprint"] != mark:
         raise ValueError(f"the checkpoint {path} is of another run, {meta['fingerprint']}, not of {mark}; delete it")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -1012,8 +1027,8 @@ def _load_state(path: Path, mark: str, model: nn.Module, optimizers: list) -> di
     return meta
 
 
-def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) -> dict:
-    """What the newest sound checkpoint says of the progress; ValueError if there are checkpoints, but none is sound."""
+def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) -> tuple[dict, Path | None]:
+    """What the newest sound checkpoint says of the progress, and its path; ValueError if there are some, but none is sound."""
     refused = []
     for path in filter(Path.exists, paths):
         try:
@@ -1022,11 +1037,11 @@ def _resume(paths: list[Path], mark: str, model: nn.Module, optimizers: list) ->
             refused.append(error)
             continue
         for error in refused:
-            warnings.warn(f"{error}; going on from the one before it, step {progress['step']}", stacklevel=3)
-        return progress
+            warnings.warn(f"{error}; going on from the one before it, step {progress['step']}", stacklevel=4)
+        return progress, path
     if refused:
         raise refused[0]
-    return {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf, "fingerprint": mark}
+    return {"step": 0, "rows": [], "seconds": 0.0, "best": math.inf, "fingerprint": mark}, None
 
 
 def describe_machine() -> dict[str, str]:
@@ -1123,7 +1138,10 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         model.load_state_dict(job.start.state_dict())
     optimizers = make_optimizers(model, config)
     base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    progress = _resume(states, mark, model, optimizers)
+    progress, source = _resume(states, mark, model, optimizers)
+    accelerator.wait_for_everyone()
+    if main and source == states[1]:  # else the next save would put the damaged one in its place
+        os.replace(states[1], states[0])
     step, rows = progress["step"], progress["rows"]
     network = accelerator.prepare(model)
     if accelerator.scaler and "scaler" in progress:
@@ -1170,20 +1188,22 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
             val_loss = float(val_nats.sum() / val_learned.sum())
             if not (math.isfinite(train_loss) and val_loss < 3 * blank):
                 rates = f"learning rates {config.muon_lr * factor:.3g} (Muon) and {config.adamw_lr * factor:.3g} (AdamW)"
+                kept = f"The last good checkpoint is {states[0]}" if states[0].exists() else "There is no checkpoint yet"
                 raise RuntimeError(
                     f"{name}: training loss {train_loss:.3g}, validation {val_loss:.3g} at step {step}, {rates}; a blank model "
-                    f"has {blank:.2f}. The last good checkpoint is {states[0]}; lower muon_lr or adamw_lr"
+                    f"has {blank:.2f}. {kept}; lower muon_lr or adamw_lr"
                 )
             progress["seconds"] += time.perf_counter() - started
             row = {"step": step, "tokens": step * config.batch_size * job.model.seq_len}
             row |= {"seconds": round(progress["seconds"], 2), "train_loss": train_loss, "val_loss": val_loss}
             rows.append(row | {"lr": config.muon_lr * factor, "grad_norm": float(norm)})
             bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
+            improved = val_loss < progress["best"]
+            progress["best"] = min(val_loss, progress["best"])
             if main:
                 for key in ("train_loss", "val_loss", "lr", "grad_norm"):
                     writer.add_scalar(key, rows[-1][key], step)
-                if val_loss < progress["best"]:
-                    progress["best"] = val_loss
+                if improved:
                     _save_best(twin, best_dir)
                 scale = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
                 write_atomically(run_dir / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
@@ -1204,6 +1224,8 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         write_atomically(final_path, json.dumps(summary, indent=1).encode())
     accelerator.wait_for_everyone()
     saved = (best_dir / "model.safetensors").exists()
+    if not saved:
+        twin.load_state_dict(model.state_dict())
     best = load_model(best_dir, job.architecture).to(accelerator.device) if saved else twin
     return Run(best, pd.DataFrame(rows), summary, run_dir)
 
@@ -1649,7 +1671,7 @@ def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | No
     return noise.argsort(dim=-1).argsort(dim=-1) < count[..., None]
 
 
-MANY_SAMPLES = 16  # from here on, nelbo spends more of its masks on small l
+MANY_SAMPLES = 32  # from here on, nelbo spends more of its masks on small l
 
 
 @_inference
@@ -1906,6 +1928,7 @@ def grouped(values: list[dict[str, float]]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LLADA_COLOR, AR_COLOR, MASK_COLOR, REAL_COLOR = "#0072B2", "#D55E00", "#9A9A9A", "#009E73"  # Okabe & Ito, colour-blind safe
+MASK_FACE, NEW_FACE = "#D2D2D2", "#F0E442"  # behind a masked and behind a just committed character
 FIGURES = Path("figures")
 
 
@@ -2062,9 +2085,10 @@ def save_report(source: Path, target: Path, most_pages: int = 3) -> str:
 
 
 def _states(generation: Generation, row: int, step: int) -> Tensor:
-    """LongTensor[L] after `step`: 0 masked, 1 just committed, 2 settled or given."""
-    order = generation.order[row]
-    return torch.where(order > step, 0, torch.where((order == step) & (order >= 0), 1, 2))
+    """LongTensor[L] after `step`: 0 masked, 1 just committed (or changed by a revision), 2 settled or given."""
+    now = generation.state_after(step)[row]
+    changed = now != generation.state_after(step - 1)[row] if step >= 0 else torch.zeros_like(now, dtype=torch.bool)
+    return torch.where(now == MASK_ID, 0, torch.where(changed, 1, 2))
 
 
 def filmstrip(generation: Generation, tokenizer: CharTokenizer, row: int = 0, frames: int = 8, width: int = 64):
@@ -2081,11 +2105,10 @@ def filmstrip(generation: Generation, tokenizer: CharTokenizer, row: int = 0, fr
     steps = sorted({round(s) for s in np.linspace(-1, last, frames)})
     length = generation.ids.shape[1]
     lines = math.ceil(length / width)
-    figure = Figure(figsize=(10, 0.24 * (lines + 0.7) * len(steps)))
+    figure = Figure(figsize=(10, 0.24 * (lines + 0.7) * len(steps)), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-6, width), ylim=(len(steps) * (lines + 0.7), -0.3))
     axes.axis("off")
-    style = {0: (MASK_COLOR, "normal"), 1: (AR_COLOR, "bold"), 2: ("black", "normal")}
     for strip, step in enumerate(steps):
         ids, states = generation.state_after(step)[row].tolist(), _states(generation, row, step).tolist()
         top = strip * (lines + 0.7)
@@ -2093,11 +2116,12 @@ def filmstrip(generation: Generation, tokenizer: CharTokenizer, row: int = 0, fr
         for position, (token, state) in enumerate(zip(ids, states)):
             x, y = position % width, top + position // width
             if state < 2:
-                face = "#E3E3E3" if state == 0 else "#FBE3D0"
-                axes.add_patch(_rectangle(x, y, face))
+                axes.add_patch(_rectangle(x, y, (MASK_FACE, NEW_FACE)[state]))
             glyph = "" if state == 0 else tokenizer.decode([token]).replace("\n", "↵").replace("$", r"\$")
             axes.text(x + 0.5, y + 0.5, glyph, family="monospace", fontsize=9, ha="center", va="center",
-                      color=style[state][0], weight=style[state][1])  # fmt: skip
+                      color="black", weight="bold" if state == 1 else "normal")  # fmt: skip
+            if state == 1:
+                axes.plot((x + 0.1, x + 0.9), (y + 0.9, y + 0.9), color="black", lw=0.8)
     return figure
 
 
@@ -2107,38 +2131,204 @@ def _rectangle(x: float, y: float, face: str):
     return Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=face, edgecolor="none")
 
 
-FRAME_STYLE = (
-    "background:#fff;color:#111;padding:8px;line-height:1.5;font-family:monospace;white-space:pre-wrap;border:1px solid #ccc"
-)
-STATE_STYLES = ("color:#9A9A9A", "background:#FBE3D0;color:#A33F00;font-weight:bold;text-decoration:underline", "")
+class Page(NamedTuple):
+    """One generation at one moment: numbers, and lines of (glyph, state) with the states of `_states`."""
+
+    step: int  # steps so far; more than forward passes where a step revealed nothing and cost nothing
+    passes: tuple[int, int]  # forward passes used so far, and in all
+    written: tuple[int, int]  # characters revealed so far, and in all
+    lines: list[list[tuple[str, int]]]
 
 
-def frame_html(generation: Generation, tokenizer: CharTokenizer, step: int, row: int = 0) -> str:
-    """The text after `step` as escaped HTML: grey blocks are masked, underlined orange is just committed, black is settled."""
-    ids, states = generation.state_after(step)[row].tolist(), _states(generation, row, step).tolist()
-    spans, start = [], 0
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or states[i] != states[start]:
-            shown = html.escape(tokenizer.decode(ids[start:i]))
-            spans.append(f'<span style="{STATE_STYLES[states[start]]}">{shown}</span>')
-            start = i
-    masked = states.count(0)
-    head = f"<b>step {step + 1}</b> of {int(generation.order[row].max()) + 1}: {masked} of {len(ids)} characters masked"
-    return f'<div style="{FRAME_STYLE}">{head}<br>{"".join(spans)}</div>'
+def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[Page]:
+    """The first row before the first forward pass and after each: nfe + 1 pages, of at most `width` characters per line.
+
+    Lines break where those of the finished text do, so that nothing moves while it is being written.
+    """
+    if generation.states is None:
+        steps = generation.order[generation.order >= 0].unique().tolist()
+    else:  # before the revisions, steps that revealed nothing cost nothing; each revision cost a pass
+        n, pairs = len(generation.states) - 1, zip(generation.states, generation.states[1:])
+        steps = [s for s, (a, b) in enumerate(pairs) if bool((a == MASK_ID).any()) and not torch.equal(a, b)]
+        steps += range(n - (generation.nfe - len(steps)), n)
+    finished = "".join(tokenizer.decode([token]) or "·" for token in generation.ids[0].tolist())
+    line = rf"[^\n]{{0,{width}}}\n|[^\n]{{1,{width}}}(?:\Z|(?<= ))|[^\n]{{1,{width}}}"
+    spans = [match.span() for match in re.finditer(line, finished)]
+    masked = int((generation.state_after(-1)[0] == MASK_ID).sum())
+    made = []
+    for k, step in enumerate([-1, *steps]):
+        states, cells = _states(generation, 0, step).tolist(), []
+        for i, token in enumerate(generation.state_after(step)[0].tolist()):
+            glyph = tokenizer.decode([token]) or "·"
+            if glyph == "\n":  # visible when new, or where the finished text has no line break
+                glyph = "" if states[i] == 2 and finished[i] == "\n" else "↵"
+            cells.append((glyph, states[i]))
+        made.append(Page(step + 1, (k, len(steps)), (masked - states.count(0), masked), [cells[a:b] for a, b in spans]))
+    return made
 
 
-def denoising_viewer(generation: Generation, tokenizer: CharTokenizer, row: int = 0):
-    """A step slider with a play button over one generation; linked in the browser, so that it moves without a kernel."""
-    import ipywidgets as widgets
+Film = Generation | dict[str, Generation]  # one generation, or several side by side under their names
 
-    last = int(generation.order[row].max())
-    frames = [widgets.HTML(frame_html(generation, tokenizer, step, row)) for step in range(-1, last + 1)]
-    stack = widgets.Stack(frames, selected_index=0)
-    slider = widgets.IntSlider(min=0, max=last + 1, description="step")
-    play = widgets.Play(min=0, max=last + 1, interval=200)
-    widgets.jslink((play, "value"), (slider, "value"))
-    widgets.jslink((slider, "value"), (stack, "selected_index"))
-    return widgets.VBox([widgets.HBox([play, slider]), stack])
+
+def _frames(film: Film, tokenizer: CharTokenizer, width: int) -> list[dict[str, Page]]:
+    """One frame per forward pass; who has finished waits for the others."""
+    columns = {name: pages(g, tokenizer, width) for name, g in (film if isinstance(film, dict) else {"": film}).items()}
+    length = max(len(column) for column in columns.values())
+    return [{name: column[min(k, len(column) - 1)] for name, column in columns.items()} for k in range(length)]
+
+
+def _status(page: Page, alone: bool) -> str:
+    """The line of numbers; t, the share still masked, only where there is room for it."""
+    (k, passes), (written, wanted) = page.passes, page.written
+    if not alone:
+        return f"pass {k} of {passes} · {written} of {wanted} characters"
+    t = 1 - written / max(wanted, 1)
+    return f"step {page.step} · t = {t:.2f} · {written} of {wanted} characters revealed · {k} of {passes} forward passes"
+
+
+# <u> and a block say the state without any style too. An exported page lacks the icon font of Play: it gets plain signs.
+FRAME_STYLE = f"""<style>
+.llada-viewer {{ font-family: system-ui, sans-serif; }}
+.llada {{ display: flex; flex-wrap: wrap; gap: 0 3em; font: 13px/1.5 system-ui, sans-serif; color: inherit; }}
+.llada pre {{ margin: 4px 0; font: 14px/1.5 monospace; white-space: pre; color: inherit; background: none; }}
+.llada i {{ color: {MASK_COLOR}; font-style: normal; }}
+.llada u {{ color: #000; background: {NEW_FACE}; font-weight: bold; }}
+.llada-viewer .fa-play::before {{ content: "▶"; }} .llada-viewer .fa-pause::before {{ content: "❚❚"; }}
+.llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
+.llada-pages > .p-TabPanel-tabBar {{ display: none !important; }}
+.llada-pages > .widget-tab-contents {{ border: 0 !important; padding: 0 !important; }}
+</style>"""
+
+
+def frame_html(columns: dict[str, Page]) -> str:
+    """Pages side by side as escaped HTML: masked characters are in <i>, those just committed in <u>."""
+
+    def marked(line: list[tuple[str, int]]) -> str:
+        runs = ((state, "".join(glyph for glyph, _ in run)) for state, run in itertools.groupby(line, key=lambda cell: cell[1]))
+        return "".join(("<i>{}</i>", "<u>{}</u>", "{}")[state].format(html.escape(text)) for state, text in runs)
+
+    parts = []
+    for name, page in columns.items():
+        title = f"<b>{html.escape(name)}</b><br>" if name else ""
+        text = "\n".join(marked(line) for line in page.lines)
+        parts.append(f"<div>{title}{_status(page, len(columns) == 1)}<pre>{text}</pre></div>")
+    return f'<div class="llada">{"".join(parts)}</div>'
+
+
+class DenoisingViewer(widgets.VBox):
+    """Generations to step through: a slider, play and pause with a speed, and a choice if there are several.
+
+    Everything but "generate again" is linked in the browser and moves without a kernel: in nbconvert's HTML, in nbviewer, in
+    JupyterLab. Only the first row of a generation is shown.
+
+    Args:
+        films: what to choose from, by name: a Generation, or a dict of several to race side by side, a frame per forward pass.
+        generate: called as generate(prompt, seed) -> films by "generate again", which needs a running kernel. Whatever it
+            raises is shown as text.
+    """
+
+    def __init__(self, films: dict[str, Film], tokenizer: CharTokenizer, generate: Callable[[str, int], dict] | None = None):
+        self.tokenizer, self.generate, self.seed, self.links = tokenizer, generate, 0, []
+        self.choice = widgets.Dropdown(layout={"width": "auto"})
+        self.speed = widgets.IntSlider(150, min=50, max=1000, step=50, description="ms per pass")
+        self.panels = self._stack([])
+        widgets.jslink((self.choice, "index"), (self.panels, "selected_index"))
+        self.prompt = widgets.Text(placeholder="a prompt of your own")
+        self.again = widgets.Button(description="generate again")
+        self.again.on_click(self._generate_again)
+        self.message = widgets.HTML("needs a running kernel")
+        live = [widgets.HBox([self.prompt, self.again, self.message])] if generate else []
+        self.show(films)
+        super().__init__([widgets.HTML(FRAME_STYLE), widgets.HBox([self.choice, self.speed]), self.panels, *live])
+        self.add_class("llada-viewer")
+
+    @staticmethod
+    def _stack(children: list) -> widgets.Widget:
+        """Shows one child at a time. ipywidgets 7, which Colab's page speaks, has no Stack: there, tabs with a hidden bar."""
+        stack = getattr(widgets, "Stack", widgets.Tab)(children, selected_index=0 if children else None)
+        stack.add_class("llada-pages")
+        return stack
+
+    def _panel(self, film: Film) -> widgets.Widget:
+        frames = [frame_html(columns) for columns in _frames(film, self.tokenizer, 40 if isinstance(film, dict) else 64)]
+        first = widgets.HTML(frames[0])  # the others share its layout and style, which would be most of the saved notebook
+        stack = self._stack([first, *(widgets.HTML(frame, layout=first.layout, style=first.style) for frame in frames[1:])])
+        slider = widgets.IntSlider(0, max=len(frames) - 1, description="pass", layout={"width": "480px"})
+        play = widgets.Play(max=len(frames) - 1, interval=self.speed.value)
+        self.links += [
+            widgets.jslink((play, "value"), (slider, "value")),
+            widgets.jslink((slider, "value"), (stack, "selected_index")),
+            widgets.jslink((self.speed, "value"), (play, "interval")),
+        ]
+        return widgets.VBox([widgets.HBox([play, slider]), stack])
+
+    def show(self, films: dict[str, Film]) -> None:
+        """Replace what is shown."""
+        old = [*self.links, *self.panels.children]
+        self.links = []
+        panels = [self._panel(film) for film in films.values()]
+        if self.panels.children:
+            self.panels.selected_index = 0  # there may be fewer now
+        self.panels.children, self.panels.selected_index = panels, 0
+        self.choice.options, self.choice.index = list(films), 0
+        for widget in old:  # what is not closed would stay in the browser and in the saved notebook
+            old += getattr(widget, "children", ())
+            widget.close()
+
+    def _generate_again(self, _button) -> None:
+        self.seed += 1
+        self.again.disabled, self.message.value = True, "writing ..."
+        try:
+            self.show(self.generate(self.prompt.value, self.seed))
+            self.message.value = ""
+        except Exception as error:  # shown where the reader looks: a log would hide it
+            self.message.value = html.escape(f"{type(error).__name__}: {error}")
+        finally:
+            self.again.disabled = False
+
+
+def _draw(columns: dict[str, Page], width: int):
+    """Pages side by side as a Pillow image: a card of paper that stands out a little on light and on dark pages."""
+    from matplotlib.font_manager import FontProperties, findfont
+    from PIL import Image, ImageDraw, ImageFont
+
+    def font(size: int, weight: str):
+        return ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans Mono", weight=weight)), size)
+
+    plain, bold, small = font(30, "normal"), font(30, "bold"), font(24, "normal")
+    cell, row, edge, top = round(plain.getlength("m")), 42, 36, 112
+    height = top + edge + row * max(len(page.lines) for page in columns.values())
+    image = Image.new("RGB", (len(columns) * (width * cell + 2 * edge), height), "#FFFDF8")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, image.width - 1, height - 1), outline="#B8B8B8", width=2)
+    for index, (name, page) in enumerate(columns.items()):
+        left, color = edge + index * (width * cell + 2 * edge), AR_COLOR if name == "AR" else LLADA_COLOR
+        right, done = left + width * cell, page.written[0] / max(page.written[1], 1)
+        draw.text((left, 22), name or "LLaDA", fill=color, font=bold)
+        draw.text((right, 27), _status(page, False), fill="#444444", font=small, anchor="ra")
+        draw.rectangle((left, 70, right, 78), fill="#E4E4E4")
+        draw.rectangle((left, 70, left + done * width * cell, 78), fill=color)
+        for y, line in enumerate(page.lines):
+            for x, (glyph, state) in enumerate(line):
+                x0, y0 = left + x * cell, top + y * row
+                if state < 2:
+                    draw.rectangle((x0, y0, x0 + cell - 2, y0 + row - 6), fill=(MASK_FACE, NEW_FACE)[state])
+                if state == 1:
+                    draw.line((x0, y0 + row - 7, x0 + cell - 2, y0 + row - 7), fill="black", width=3)
+                if state > 0:
+                    draw.text((x0, y0), glyph, fill="black", font=bold if state == 1 else plain)
+    return image
+
+
+def save_gif(name: str, film: Film, tokenizer: CharTokenizer, *, width: int = 40, milliseconds: int = 120) -> list:
+    """Write figures/NAME.gif, a frame per forward pass and a pause at the end; returns the frames as Pillow images."""
+    images = [_draw(columns, width) for columns in _frames(film, tokenizer, width)]
+    palette = images[len(images) // 2].quantize(48)  # one for all, so that only what changes is stored
+    images = [image.quantize(palette=palette, dither=0) for image in images]
+    pauses, file = [800, *[milliseconds] * (len(images) - 2), 4000], io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)
+    write_atomically(FIGURES / f"{name}.gif", file.getvalue())
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2223,8 +2413,8 @@ PRESETS = {
     "cpu": Preset(
         "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=25), TrainConfig(800, 32, evals=20),
         ablation=(TrainConfig(60, 16, evals=1), TrainConfig(250, 16, evals=5)),
-        crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 40_000, 160_000), (500, 2_000, 8_000))),
-        recipe=(5, 180),
+        crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 40_000, 160_000), (400, 1_600, 4_800))),
+        recipe=(5, 170),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
         probes=256, noise=(16, 16, (4, 16, 64)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
@@ -2279,13 +2469,16 @@ def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor):
     >>> len(weight[weight > 0].unique()), round(float(weight.sum()), 3)  # the same for all; a mean over rows divides by 4
     (1, 4.0)
     """
-    inputs, targets, weight = independent_times(sequences, generator, learned)
+    t = 1 - torch.rand(len(sequences), generator=generator)
+    inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
     return inputs, targets, mask * (len(mask) / mask.sum().clamp(min=1))
 
 
 def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: Tensor):
-    """The exercise's sketch: each row's mean over its masked tokens, divided by t. Its expectation is infinite.
+    """The exercise's sketch: each row's mean over its masked tokens, divided by t.
+
+    A window then weighs 1 / t whenever anything is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
 
     >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
     >>> _, _, weight = masked_mean_over_t(ids, torch.Generator().manual_seed(0), learned)
@@ -2328,7 +2521,8 @@ def importance_times(sequences: Tensor, generator: torch.Generator, learned: Ten
     >>> (inputs == MASK_ID).sum(dim=1).tolist()  # stratified, and more than half are masked on average
     [46, 35, 30, 12]
     """
-    t = (0.25 + 2 * stratified_times(len(sequences), generator)).sqrt() - 0.5
+    u = stratified_times(len(sequences), generator)
+    t = 2 * u / ((0.25 + 2 * u).sqrt() + 0.5)  # not sqrt - 0.5, which rounds to 0 for small u
     inputs, targets, weight = diffusion_batch(sequences, generator, learned, t=t)
     return inputs, targets, weight / (0.5 + t[:, None])
 
@@ -2343,6 +2537,7 @@ def complementary_masks(sequences: Tensor, generator: torch.Generator, learned: 
     """
     half = sequences[: -(-len(sequences) // 2)]
     t = stratified_times(len(half), generator).clamp(1e-3, 1 - 1e-3)
+    t = t[torch.randperm(len(half), generator=generator)]  # the row without a partner has any of them
     learned = learned[: len(half)]
     masked, mask = forward_process(half, t, MASK_ID, learned, generator)
     inputs = torch.cat((masked, half.masked_fill(learned & ~mask, MASK_ID)))
@@ -2385,7 +2580,7 @@ def ablation_jobs(preset: Preset, config: TrainConfig, vocab_size: int, train_id
         "attention scale as usual": {"model": {"attention_scale": (preset.n_embd / preset.n_head) ** 0.5}},
         "twice as deep, narrower": {"model": deep},
         "half as deep, wider": {"model": wide},
-        "dropout 0.1": {"model": {"dropout": 0.1}},
+        "without dropout" if preset.dropout else "dropout 0.1": {"model": {"dropout": 0.0 if preset.dropout else 0.1}},
         "AdamW only": {"train": {"muon_lr": 0.0}},
         "half the batch, twice the steps": {"train": {"batch_size": config.batch_size // 2, "steps": 2 * config.steps}},
     }
@@ -2442,7 +2637,7 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
     >>> table["row"].tolist(), table["steps"].tolist(), table["tokens"].tolist()
     (['base'], [1], [16])
     """
-    rows, curves, first = [], [], None
+    rows, curves, first, windows_of_first = [], [], None, None
     for index, (row, trials) in enumerate(jobs.items()):
         if not re.search(only, row):
             continue
@@ -2455,8 +2650,9 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
         counts, each = learned.sum(dim=1), [run.summary["best"] for run in runs]
         mean, half = per_character(nats, counts)
         line = {"row": row, "nats/char": mean, "95% ±": half, "lowest seed": min(each), "highest seed": max(each)}
-        first = nats if first is None else first
-        if len(first) == len(counts):
+        if first is None:
+            first, windows_of_first = nats, (sequences, learned)
+        if all(map(torch.equal, (sequences, learned), windows_of_first)):
             line["difference"], line["difference ±"] = per_character(nats - first, counts)
         summary = runs[0].summary
         line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
@@ -2482,6 +2678,13 @@ def suite_mark(trials: list[Job]) -> str:
     return "+".join(job.fingerprint() for job in trials)
 
 
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype={"row": str, "fingerprint": str})
+    except (OSError, ValueError):  # none, or none that can be read
+        return pd.DataFrame()
+
+
 def experiment(name: str, full: Jobs, short: Jobs) -> tuple[pd.DataFrame, pd.DataFrame]:
     """NAME.csv and NAME_curves.csv if they hold the results of `full` as the code is now, else those of `short`, trained here.
 
@@ -2495,11 +2698,11 @@ def experiment(name: str, full: Jobs, short: Jobs) -> tuple[pd.DataFrame, pd.Dat
     demo: the full suite, read from figures/tables/demo.csv
     """
     path, curves = (FIGURES / "tables" / f"{file}.csv" for file in (name, f"{name}_curves"))
-    known = pd.read_csv(path) if path.exists() and curves.exists() else pd.DataFrame()
+    known, curve = (_read_table(p) for p in (path, curves))
     marks = dict(zip(known["row"], known["fingerprint"])) if {"row", "fingerprint"} <= set(known) else {}
-    if marks == {row: suite_mark(trials) for row, trials in full.items()}:
+    if len(curve) and marks == {row: suite_mark(trials) for row, trials in full.items()}:
         print(f"{name}: the full suite, read from {path}")
-        return known, pd.read_csv(curves)
+        return known, curve
     return run_jobs(name, short, quiet=True), pd.read_csv(curves)
 
 

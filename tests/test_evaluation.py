@@ -71,47 +71,6 @@ def test_tables_are_written_rounded_and_whole(tmp_path, monkeypatch):
 GENERATION = h.Generation(torch.tensor([[4, 5, 6, 7, 8]]), torch.tensor([[-1, 1, 0, 2, 1]]), nfe=3)
 
 
-def test_frames_escape_the_text_and_tell_the_state():
-    letters = TOKENIZER.decode(GENERATION.ids[0])
-    assert {"<", "&"} & set(letters) or {">", '"'} & set(letters), "the test needs characters that HTML would take for its own"
-    last = h.frame_html(GENERATION, TOKENIZER, 2)
-    body = last.split("<br>", 1)[1]
-    assert re.sub(r"<span style=\"[^\"]*\">|</span>|</div>", "", body) == h.html.escape(letters)
-    assert h.frame_html(GENERATION, TOKENIZER, -1).count(h.MASK_GLYPH) == 4
-    assert "2 of 5 characters masked" not in last and "0 of 5 characters masked" in last
-    assert h.frame_html(GENERATION, TOKENIZER, 0).count("underline") == 1, "one character was just committed"
-
-
-@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a&b", "$x$ \\frac"])
-def test_no_text_becomes_markup(text):
-    tokenizer = h.CharTokenizer.from_text(text)
-    ids = tokenizer.encode(text)[None]
-    made = h.Generation(ids, torch.zeros_like(ids), 1)
-    assert "<script" not in h.frame_html(made, tokenizer, 0)
-    assert h.filmstrip(made, tokenizer, frames=2) is not None
-
-
-def test_viewer_is_linked_in_the_browser():
-    """One frame per step and one before the first; slider and play drive the stack without a kernel."""
-    box = h.denoising_viewer(GENERATION, TOKENIZER)
-    (play, slider), stack = box.children[0].children, box.children[1]
-    assert len(stack.children) == 4 and slider.max == play.max == 3 and stack.selected_index == 0
-    links = {(w.source[0], w.source[1], w.target[0], w.target[1]) for w in links_of(box)}
-    assert (play, "value", slider, "value") in links and (slider, "value", stack, "selected_index") in links
-
-
-def links_of(box):
-    from ipywidgets import Widget
-    from ipywidgets.widgets.widget_link import Link
-
-    widgets = Widget._instances if hasattr(Widget, "_instances") else Widget.widgets
-    if not isinstance(widgets, dict):
-        from ipywidgets.widgets import widget
-
-        widgets = widget._instances
-    return [w for w in widgets.values() if isinstance(w, Link)]
-
-
 def test_filmstrip_draws_each_character_once_per_strip(tmp_path):
     figure = h.filmstrip(GENERATION, TOKENIZER, frames=4)
     figure.savefig(tmp_path / "strip.png")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from oracle import MASK, PAD, ExactPredictor, WrongPredictor, enumerated_nelbo, within
 
 import llada_helpers as h
@@ -185,19 +186,14 @@ def test_table_of_one_run_and_of_none(tmp_path):
 
 @pytest.mark.parametrize("clock", ["step", "tokens", "seconds"])
 def test_curves_are_the_metrics(clock):
-    class Axes:
-        lines, labels = {}, {}
-
-        def plot(self, x, y, label, **style):
-            self.lines[label] = (list(x), list(y), style)
-
-        def set(self, **labels):
-            self.labels |= labels
-
-    run, axes = h.train("a", job_of()), Axes()
-    h.plot_curves({"ours": run}, axes, "train_loss", clock, color="k")
-    assert axes.lines == {"ours": (run.metrics[clock].tolist(), run.metrics.train_loss.tolist(), {"color": "k"})}
-    assert axes.labels == {"xlabel": clock, "ylabel": "train_loss"}
+    axes = Figure().subplots()
+    runs = {"ours": h.train("a", job_of()), "other": h.train("b", job_of(seed=1))}
+    h.plot_curves(runs, axes, "train_loss", clock)
+    assert [line.get_label() for line in axes.lines] == list(runs)
+    for line, run in zip(axes.lines, runs.values()):
+        assert line.get_xdata().tolist() == run.metrics[clock].tolist()
+        assert line.get_ydata().tolist() == run.metrics.train_loss.tolist()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (clock, "train_loss")
 
 
 def jobs_of(**changes):

@@ -362,3 +362,107 @@ def test_choose_spreads_its_samples_over_l():
 def test_choose_errors(prompt, options, n_samples):
     with pytest.raises(ValueError, match="pass"):
         h.choose(EXACT, prompt, options, MASK, n_samples=n_samples)
+
+
+# --- many samples: more masks at small l, a line as baseline ---
+
+
+@pytest.mark.parametrize("k, maskable", [(4, [True, True, True]), (22, [True, True, True]), (13, [False, True, True])])
+def test_many_samples_are_unbiased_for_a_wrong_predictor(k, maskable):
+    """From MANY_SAMPLES on, l is no longer uniform: the weights must make up for it exactly."""
+    maskable = torch.tensor(maskable)
+    values = estimates(WRONG, EXACT.sequences[k], 500, n_samples=h.MANY_SAMPLES, maskable=maskable[None])
+    assert within(values, enumerated_nelbo(WRONG, EXACT.sequences[k], maskable))
+
+
+def test_many_samples_are_unbiased_in_every_row_of_a_batch():
+    rows = torch.tensor([[4, 5, 6], [5, 6, PAD], [6, PAD, PAD], [PAD, PAD, PAD]])
+    options = {"n_samples": h.MANY_SAMPLES + 1, "maskable": rows != PAD}
+    runs = torch.stack([h.nelbo(WRONG, rows, MASK, generator=seeded(s), **options) for s in range(400)])
+    for i in range(3):
+        assert within(runs[:, i], enumerated_nelbo(WRONG, rows[i], rows[i] != PAD))
+    assert (runs[:, 3] == 0).all() and float(runs[:, 2].std()) < 1e-5
+
+
+class Uneven:
+    """A wrong predictor for which some tokens are easy and some hard, whatever is masked, as for real ones."""
+
+    def __init__(self, length=32):
+        self.base = WrongPredictor(12, longest=length, seed=9, scale=0.7)
+        self.bias = 3 * torch.randn(length, 12, generator=seeded(1))
+
+    def __call__(self, ids):
+        return self.base(ids) + self.bias
+
+
+def test_at_most_half_of_the_authors_variance_at_their_number_of_passes():
+    """get_log_likelihood.py spreads l evenly from a random start; at 128 passes ours must be at least twice as precise."""
+    model, n, K = Uneven(), 32, 128
+    row = torch.randint(4, 12, (1, n), generator=seeded(0))
+    ours, theirs = [], []
+    for s in range(80):
+        g = seeded(s)
+        ours.append(float(h.nelbo(model, row, MASK, n_samples=K, generator=g)))
+        start = int(torch.randint(1, n + 1, (1,), generator=g))
+        count = ((start + torch.arange(K) * n // K - 1) % n + 1)[:, None]
+        mask = h.exact_masks(count, torch.ones(1, n, dtype=torch.bool), g)[:, 0]
+        nll = h.masked_nll(model, row.expand(K, -1), mask, MASK).sum(dim=1).double()
+        theirs.append(float((nll * n / count[:, 0]).mean()))
+    ours, theirs = torch.tensor(ours).double(), torch.tensor(theirs).double()
+    assert abs(float(ours.mean() - theirs.mean())) < 4 * math.sqrt(float(ours.var() + theirs.var()) / 80)
+    assert float(ours.var()) < 0.5 * float(theirs.var())
+
+
+def test_common_masks_are_the_same_in_every_row():
+    seen = []
+
+    def predict(ids):
+        seen.append(ids == MASK)
+        return WRONG(ids)
+
+    rows = EXACT.sequences[[4, 13, 22]]
+    h.nelbo(predict, rows, MASK, n_samples=5, common_masks=True, generator=seeded(0))
+    masks = torch.cat(seen).view(5, 3, 3)
+    assert (masks == masks[:, :1]).all()
+    runs = torch.stack([h.nelbo(WRONG, rows, MASK, n_samples=2, common_masks=True, generator=seeded(s)) for s in range(600)])
+    for i, row in enumerate(rows):
+        assert within(runs[:, i], enumerated_nelbo(WRONG, row, EVERYTHING))
+
+
+def test_masked_nll_is_that_of_the_masked_tokens_alone():
+    rows = EXACT.sequences[[3, 20]]
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    values = h.masked_nll(WRONG, rows, mask, MASK)
+    logp = WRONG(rows.masked_fill(mask, MASK)).log_softmax(-1).gather(-1, rows[..., None])[..., 0]
+    assert torch.allclose(values, -logp * mask, atol=1e-6) and (values[~mask] == 0).all()
+    with pytest.raises(ValueError, match="pass bool"):
+        h.masked_nll(WRONG, rows, mask[:, :2], MASK)
+
+
+def test_exact_masks_have_exactly_so_many_and_stay_inside():
+    maskable = torch.tensor([[True, True, False, True, True], [False, True, True, False, False]])
+    count = torch.tensor([[0, 1], [4, 2], [3, 0]])
+    masks = h.exact_masks(count, maskable, seeded(0))
+    assert (masks.sum(dim=-1) == count).all() and not (masks & ~maskable).any()
+
+
+def test_choose_with_a_suffix_scores_what_stands_between():
+    """Prompt and suffix both condition: against enumeration, with options of two lengths."""
+    sequence = EXACT.sequences[15]
+    prompt, option, suffix = sequence[:1], sequence[1:2], sequence[2:]
+    expected = -enumerated_nelbo(WRONG, sequence, torch.tensor([False, True, False]))
+    _, scores = h.choose(WRONG, prompt, [option], MASK, n_samples=2, suffix=suffix, generator=seeded(0))
+    assert scores[0] == pytest.approx(min(0.0, expected), abs=1e-5)
+    empty, before = sequence[:0], torch.tensor([True, True, False])
+    values = [
+        h.choose(WRONG, empty, [sequence[:2], sequence[:1]], MASK, n_samples=2, suffix=suffix, generator=seeded(s))[1][0]
+        for s in range(500)
+    ]
+    assert within(values, -enumerated_nelbo(WRONG, sequence, before))
+
+
+def test_choose_scores_options_together_as_one_by_one():
+    options = [EXACT.sequences[k, 1:] for k in (0, 5, 8)]
+    together = h.choose(WRONG, torch.tensor([4]), options, MASK, n_samples=4, generator=seeded(3))[1]
+    single = [h.choose(WRONG, torch.tensor([4]), [o], MASK, n_samples=4, generator=seeded(3))[1][0] for o in options]
+    assert together == pytest.approx(single, abs=1e-5)

@@ -512,6 +512,31 @@ def test_fingerprint_changes_with(change):
     assert mark(**change) != mark()
 
 
+@contextlib.contextmanager
+def imported(path):
+    """The helper out of another file."""
+    spec = importlib.util.spec_from_file_location("edited_helpers", path)
+    sys.modules["edited_helpers"] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules["edited_helpers"]
+
+
+def mark_of_edited(tmp_path, edits):
+    """The fingerprint of one job, by the helper with `edits`, pairs (regular expression, replacement)."""
+    source = Path(h.__file__).read_text()
+    for old, new in edits:
+        source, count = re.subn(old, new, source)
+        assert count, "the line that this test edits has changed"
+    (tmp_path / "edited.py").write_text(source)
+    with imported(tmp_path / "edited.py") as edited:
+        model, config = edited.ModelConfig(10, 8, 1, 2, 8, dropout=0.1), edited.TrainConfig(8, 4, evals=4, eval_windows=4)
+        functions = {"make_batch": edited.masked_mean, "learned": edited.response_tokens}
+        return mark(model=model, config=config, module=edited, **functions)
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -519,42 +544,31 @@ def test_fingerprint_changes_with(change):
         (r"b, c = 3\.4445", "b, c = 3.4444"),
         (r"\(a \* cos \+ b \* sin,", "(a * cos - b * sin,"),
         (r"\(separator\.cumsum\(dim=1\) > 0\)", "(separator.cumsum(dim=1) >= 0)"),
-        (r"t=1 - torch\.rand\(len\(sequences\), generator=generator\)\)", "t=torch.ones(len(sequences)))"),
+        (r"1 - torch\.rand\(len\(sequences\), generator=generator\)", "torch.ones(len(sequences))"),
         (r"return torch\.rand\(shape, generator=generator, device=device, dtype=dtype\)", "return torch.zeros(shape)"),
     ],
-    ids=["forward process", "Muon", "rotation", "learned tokens", "what the batch function calls", "random numbers"],
+    ids=["forward process", "Muon", "rotation", "learned tokens", "times of the batch function", "random numbers"],
 )
 def test_fingerprint_changes_with_the_code_of_the_training_path(tmp_path, old, new):
     """Else a run trained by other code would be loaded as if it were this code's."""
-    edited_source, count = re.subn(old, new, Path(h.__file__).read_text())
-    assert count, "the line that this test edits has changed"
-    (tmp_path / "edited.py").write_text(edited_source)
-    spec = importlib.util.spec_from_file_location("edited_helpers", tmp_path / "edited.py")
-    sys.modules["edited_helpers"] = edited = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(edited)
-        model, config = edited.ModelConfig(10, 8, 1, 2, 8, dropout=0.1), edited.TrainConfig(8, 4, evals=4, eval_windows=4)
-        change = {"model": model, "config": config, "module": edited}
-        change |= {"make_batch": edited.masked_mean, "learned": edited.response_tokens}
-        assert mark(**change) != mark(make_batch=h.masked_mean, learned=h.response_tokens)
-    finally:
-        del sys.modules["edited_helpers"]
+    assert mark_of_edited(tmp_path, [(old, new)]) != mark(make_batch=h.masked_mean, learned=h.response_tokens)
+
+
+def test_fingerprint_stays_with_other_words(tmp_path):
+    """Comments and docstrings do not make another training."""
+    edits = [(r"Pre-norm attention and a", "Attention and then a"), (r"\n    a, b, c = 3\.4445", r"\n    # Three numbers.\g<0>")]
+    assert mark_of_edited(tmp_path, edits) == mark(make_batch=h.masked_mean, learned=h.response_tokens)
 
 
 def test_fingerprint_is_of_the_code_that_runs_not_of_the_file_as_it_was_edited_since(tmp_path):
     """Ablations run for hours: an edit meanwhile must not put other code's mark (or half a function's) on their results."""
     path = tmp_path / "edited.py"
     shutil.copy(h.__file__, path)
-    spec = importlib.util.spec_from_file_location("edited_helpers", path)
-    sys.modules["edited_helpers"] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    with imported(path) as module:
         path.write_text("# A line more.\n" * 7 + path.read_text())
         assert mark(module=module) == mark()
         path.write_text("")
         assert mark(module=module) == mark()
-    finally:
-        del sys.modules["edited_helpers"]
 
 
 def trained_like(model, seed=0):
