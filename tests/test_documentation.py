@@ -28,7 +28,6 @@ import llada_helpers as h
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-VIEWER = {"DenoisingViewer", "Page", "frame_html", "pages", "save_gif"}  # shown in the notebook rather than by an example
 
 
 # --- docstrings ---
@@ -44,7 +43,7 @@ def test_the_list_of_public_names_is_not_empty():
     assert len(public()) > 50 and {"train", "nelbo", "CharTokenizer", "reverse_process"} <= set(public())
 
 
-@pytest.mark.parametrize("name", sorted(public().keys() - VIEWER))
+@pytest.mark.parametrize("name", sorted(public()))
 def test_public_name_has_a_summary_and_a_runnable_example(name):
     thing = public()[name]
     text = inspect.cleandoc(vars(thing).get("__doc__") or "") if inspect.isclass(thing) else inspect.getdoc(thing) or ""
