@@ -2086,9 +2086,12 @@ def save_report(source: Path, target: Path, most_pages: int = 3) -> str:
 
 def _states(generation: Generation, row: int, step: int) -> Tensor:
     """LongTensor[L] after `step`: 0 masked, 1 just committed (or changed by a revision), 2 settled or given."""
-    now = generation.state_after(step)[row]
-    changed = now != generation.state_after(step - 1)[row] if step >= 0 else torch.zeros_like(now, dtype=torch.bool)
-    return torch.where(now == MASK_ID, 0, torch.where(changed, 1, 2))
+    order = generation.order[row]
+    masked, changed = order > step, (order == step) & (order >= 0)
+    if generation.states is not None and step >= 0:  # `order` knows the last commit only
+        before, now = (generation.state_after(s)[row] for s in (step - 1, step))
+        masked, changed = now == MASK_ID, now != before
+    return torch.where(masked, 0, torch.where(changed, 1, 2))
 
 
 def filmstrip(generation: Generation, tokenizer: CharTokenizer, row: int = 0, frames: int = 8, width: int = 64):
@@ -2163,7 +2166,7 @@ def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> 
     finished = "".join(tokenizer.decode([token]) or "·" for token in generation.ids[0].tolist())
     line = rf"[^\n]{{0,{width}}}\n|[^\n]{{1,{width}}}(?:\Z|(?<= ))|[^\n]{{1,{width}}}"
     spans = [match.span() for match in re.finditer(line, finished)]
-    masked = int((generation.state_after(-1)[0] == MASK_ID).sum())
+    masked = int((generation.order[0] >= 0).sum())
     made = []
     for k, step in enumerate([-1, *steps]):
         states, cells = _states(generation, 0, step).tolist(), []
@@ -2426,7 +2429,7 @@ class Preset:
         }
 
 
-SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 2_000, 4_000), (10, 40))
+SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 4_000), (10, 40))
 PRESETS = {
     "smoke": Preset(
         "smoke", 64, 2, 2, 32, 0.0,
@@ -2440,8 +2443,8 @@ PRESETS = {
     "cpu": Preset(
         "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=25), TrainConfig(800, 32, evals=20),
         ablation=(TrainConfig(60, 16, evals=1), TrainConfig(250, 16, evals=5)),
-        crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 40_000, 160_000), (400, 1_600, 4_800))),
-        recipe=(5, 170),
+        crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 40_000), (400, 1_600, 4_800))),
+        recipe=(5, 130),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
         probes=256, noise=(16, 16, (4, 16, 64)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,

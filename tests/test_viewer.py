@@ -64,6 +64,7 @@ def test_a_page_for_each_forward_pass_and_one_before(options):
 
 def test_autoregressive_writing_has_a_page_for_each_character():
     made = h.generate_ar(predict, TOKENIZER.encode("To")[None], 9, start_id=h.START_ID)
+    made.ids[0, 3] = h.MASK_ID  # nothing forbids it here; it is written all the same
     assert [page.written for page in h.pages(made, TOKENIZER)] == [(k, 9) for k in range(10)]
 
 
@@ -171,12 +172,16 @@ def test_generate_again_replaces_what_is_shown_and_closes_the_rest():
     assert viewer.message.value == "" and not viewer.again.disabled
 
 
-def test_what_goes_wrong_is_shown_as_text():
-    viewer = h.DenoisingViewer({"a": generation()}, TOKENIZER, lambda prompt, seed: {"a": TOKENIZER.encode(prompt)})
+@pytest.mark.parametrize("prompt", ["Zz", "<script>", "\\"])
+def test_what_goes_wrong_is_shown_as_text(prompt):
+    tokenizer = h.CharTokenizer.from_text("To be")
+    viewer = h.DenoisingViewer({"a": generation()}, TOKENIZER, lambda prompt, seed: {"a": tokenizer.encode(prompt)})
     before = viewer.panels.children
-    viewer.prompt.value = "<script>"
+    viewer.prompt.value = prompt
     viewer.again.click()
-    assert "not in the vocabulary" in viewer.message.value and "<" not in viewer.message.value
+    unknown = str(sorted(set(prompt)))
+    assert html.unescape(viewer.message.value).startswith(f"ValueError: characters not in the vocabulary: {unknown};")
+    assert "<" not in viewer.message.value
     assert viewer.panels.children == before and not viewer.again.disabled
 
 
