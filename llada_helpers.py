@@ -2135,7 +2135,12 @@ def _rectangle(x: float, y: float, face: str):
 
 
 class Page(NamedTuple):
-    """One generation at one moment: numbers, and lines of (glyph, state) with the states of `_states`."""
+    """One generation at one moment: numbers, and lines of (glyph, state) with the states of `_states`.
+
+    >>> page = Page(step=1, passes=(1, 2), written=(1, 2), lines=[[("a", 2), ("b", 1), ("█", 0)]])
+    >>> "".join(glyph for glyph, state in page.lines[0])
+    'ab█'
+    """
 
     step: int  # steps so far; more than forward passes where a step revealed nothing and cost nothing
     passes: tuple[int, int]  # forward passes used so far, and in all
@@ -2147,6 +2152,10 @@ def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> 
     """The first row before the first forward pass and after each: nfe + 1 pages, of at most `width` characters per line.
 
     Lines break where those of the finished text do, so that nothing moves while it is being written.
+
+    >>> made = Generation(ids=torch.tensor([[4, 5, 6]]), order=torch.tensor([[-1, 1, 0]]), nfe=2)
+    >>> ["".join(glyph for glyph, _ in page.lines[0]) for page in pages(made, CharTokenizer.from_text("abc"))]
+    ['a██', 'a█c', 'abc']
     """
     if generation.states is None:
         steps = generation.order[generation.order >= 0].unique().tolist()
@@ -2204,7 +2213,12 @@ FRAME_STYLE = f"""<style>
 
 
 def frame_html(columns: dict[str, Page]) -> str:
-    """Pages side by side as escaped HTML: masked characters are in <i>, those just committed in <u>."""
+    """Pages side by side as escaped HTML: masked characters are in <i>, those just committed in <u>.
+
+    >>> page = Page(step=1, passes=(1, 2), written=(1, 2), lines=[[("<", 2), ("b", 1), ("█", 0)]])
+    >>> frame_html({"": page}).partition("<pre>")[2]
+    '&lt;<u>b</u><i>█</i></pre></div></div>'
+    """
 
     def marked(line: list[tuple[str, int]]) -> str:
         runs = ((state, "".join(glyph for glyph, _ in run)) for state, run in itertools.groupby(line, key=lambda cell: cell[1]))
@@ -2228,6 +2242,11 @@ class DenoisingViewer(widgets.VBox):
         films: what to choose from, by name: a Generation, or a dict of several to race side by side, a frame per forward pass.
         generate: called as generate(prompt, seed) -> films by "generate again", which needs a running kernel. Whatever it
             raises is shown as text.
+
+    >>> made = Generation(ids=torch.tensor([[4, 5, 6]]), order=torch.tensor([[-1, 1, 0]]), nfe=2)
+    >>> viewer = DenoisingViewer({"alone": made, "race": {"AR": made, "LLaDA": made}}, CharTokenizer.from_text("abc"))
+    >>> viewer.choice.options
+    ('alone', 'race')
     """
 
     def __init__(self, films: dict[str, Film], tokenizer: CharTokenizer, generate: Callable[[str, int], dict] | None = None):
@@ -2324,7 +2343,15 @@ def _draw(columns: dict[str, Page], width: int):
 
 
 def save_gif(name: str, film: Film, tokenizer: CharTokenizer, *, width: int = 40, milliseconds: int = 120) -> list:
-    """Write figures/NAME.gif, a frame per forward pass and a pause at the end; returns the frames as Pillow images."""
+    """Write figures/NAME.gif, a frame per forward pass and a pause at the end; returns the frames as Pillow images.
+
+    >>> from unittest import mock
+    >>> made = Generation(ids=torch.tensor([[4, 5, 6]]), order=torch.tensor([[-1, 1, 0]]), nfe=2)
+    >>> with tempfile.TemporaryDirectory() as folder, mock.patch.dict(save_gif.__globals__, FIGURES=Path(folder)):
+    ...     frames = save_gif("tiny", made, CharTokenizer.from_text("abc"), width=20)
+    ...     len(frames), [path.name for path in Path(folder).iterdir()]
+    (3, ['tiny.gif'])
+    """
     images = [_draw(columns, width) for columns in _frames(film, tokenizer, width)]
     palette = images[len(images) // 2].quantize(48)  # one for all, so that only what changes is stored
     images = [image.quantize(palette=palette, dither=0) for image in images]
