@@ -2269,7 +2269,7 @@ class DenoisingViewer(widgets.VBox):
         self.panels = self._stack([])
         widgets.jslink((self.choice, "index"), (self.panels, "selected_index"))
         self.prompt = widgets.Text(placeholder="a prompt of your own")
-        self.again = widgets.Button(description="generate again")
+        self.again = widgets.Button(description="generate again", layout={"flex": "none"})
         self.again.on_click(self._generate_again)
         self.message = widgets.HTML("needs a running kernel")
         live = [widgets.HBox([self.prompt, self.again, self.message])] if generate else []
@@ -2442,7 +2442,7 @@ class Preset:
         }
 
 
-SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 4_000), (10, 40))
+SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 2_000, 4_000), (10, 40))
 PRESETS = {
     "smoke": Preset(
         "smoke", 64, 2, 2, 32, 0.0,
@@ -2456,7 +2456,7 @@ PRESETS = {
     "cpu": Preset(
         "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=25), TrainConfig(800, 32, evals=20),
         ablation=(TrainConfig(60, 16, evals=1), TrainConfig(250, 16, evals=5)),
-        crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 40_000), (400, 1_600, 4_800))),
+        crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 20_000, 40_000), (400, 800, 1_600))),
         recipe=(5, 130),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
         probes=256, noise=(16, 16, (4, 16, 64)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),

@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "build" / "web"
 CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 MANAGER, REQUIRE = "jupyter-widgets-html-manager-*.tgz", "requirejs-*.tgz"
 LACKING = [
     what
