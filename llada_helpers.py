@@ -2007,12 +2007,18 @@ def fill_report(text: str, tables: Path = FIGURES / "tables") -> str:
     return re.sub(r"(<!-- ([\w-]+) ; (.*?) ; (.*?) -->).*?<!-- end -->", number, text, flags=re.DOTALL)
 
 
+REPORT_FONTS = {  # those that come with matplotlib, so that lines and pages break alike on every machine
+    "STIXGeneral": "font-family: words",
+    "STIXGeneralBol": "font-family: words; font-weight: bold",
+    "STIXGeneralItalic": "font-family: words; font-style: italic",
+    "DejaVuSansMono": "font-family: code",
+}
 REPORT_STYLE = """
 @page { size: A4; margin: 13mm 17mm }
-body { margin: 0; font: 9.5pt/1.27 "Liberation Serif", "Times New Roman", Times, serif; text-align: justify }
+body { margin: 0; font: 9.5pt/1.27 words, serif; text-align: justify }
 h1 { font-size: 16pt } h2 { font-size: 11.5pt; break-after: avoid } h1, h2 { margin: 0.6em 0 0.2em; text-align: left }
 p, ul { margin: 0.35em 0 } ul { padding-left: 1.3em } li { margin: 0.1em 0 } sub, sup { line-height: 0 }
-code { font: 0.87em "Liberation Mono", monospace; overflow-wrap: anywhere }
+code { font: 0.8em code, monospace; overflow-wrap: anywhere }
 table { border-collapse: collapse; margin: 0.6em auto; font-size: 0.92em; text-align: left; break-inside: avoid }
 th, td { padding: 0.05em 0.9em 0.05em 0; border-bottom: 0.5px solid #ccc } th { border-bottom: 1px solid #000 }
 p:has(img) { text-align: center; break-inside: avoid } img { vertical-align: top } p:has(img + img) img { width: 49% !important }
@@ -2037,17 +2043,22 @@ def report_html(text: str, folder: Path = Path("."), width: int = 75) -> str:
     >>> report_html("# Title\\n\\nweighed *by* $1/t$").partition("</style>")[2].split("\\n")
     ['<h1>Title</h1>', '<p>weighed <em>by</em> 1/<i>t</i></p>', '</html>']
     """
+    import matplotlib
     import mistune
 
+    def data(path: Path) -> str:
+        return f"data:;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
     def figure(text: str, url: str, title: str | None = None) -> str:
-        data = base64.b64encode((folder / url).read_bytes()).decode()
-        return f'<img alt="{text}" style="width: {width}%" src="data:image/png;base64,{data}">'
+        return f'<img alt="{text}" style="width: {width}%" src="{data(folder / url)}">'
 
     markdown = mistune.create_markdown(escape=False, plugins=["table", "math"])
     markdown.renderer.image, markdown.renderer.inline_math = figure, _formula
     text = re.sub(r"\s*±\s*(?=\d)", "\u00a0±\u00a0", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
     title = html.escape(text.strip().partition("\n")[0].strip("# "))
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{REPORT_STYLE}</style>'
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    faces = "".join(f"@font-face {{ {how}; src: url({data(fonts / f'{name}.ttf')}) }}" for name, how in REPORT_FONTS.items())
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{faces}{REPORT_STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{markdown(text)}</html>'
 
 
@@ -2074,12 +2085,14 @@ def save_report(source: Path, target: Path, most_pages: int = 3) -> str:
         for width in range(80, 45, -5):
             page.write_text(report_html(text, source.parent, width), encoding="utf-8")
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-            if done.returncode or not pdf.exists():
-                raise ValueError(f"{browser} printed nothing; pass a working one first in PATH. It said: {done.stderr[-500:]}")
-            pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+            made = pdf.read_bytes() if pdf.exists() else b""
+            if done.returncode or b"/BaseFont" not in made:  # without any font in the system Chromium draws no letters
+                advice = "pass a working one first in PATH, and install a font (apt-get install fonts-dejavu-core)"
+                raise ValueError(f"{browser} printed no text: {advice}. It said: {done.stderr[-500:]}")
+            pages = len(re.findall(rb"/Type\s*/Page\b", made))
             if pages <= most_pages:
                 mark = f"% of {source.name}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}\n"  # is it up to date?
-                write_atomically(target, pdf.read_bytes() + mark.encode())
+                write_atomically(target, made + mark.encode())
                 return f"{target}: {pages} pages, figures {width}% wide"
     raise ValueError(f"{source} needs {pages} pages even with figures half as wide as the text; pass a shorter text")
 

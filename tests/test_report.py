@@ -96,6 +96,9 @@ def test_report_prints_on_two_to_three_a4_pages_with_every_figure(desk, capsys):
     for name in figures:
         assert png_size(desk / name) in embedded, name
     assert sorted(p.name for p in desk.iterdir()) == ["analysis.md", "analysis.pdf", "figures"], "scratch files were left behind"
+    # Were they this machine's, pages would break elsewhere on another.
+    fonts = set(re.findall(rb"/BaseFont\s*/(?:[A-Z]+\+)?([\w-]+)", pdf))
+    assert fonts == {b"STIXGeneral-Regular", b"STIXGeneral-Bold", b"STIXGeneral-Italic", b"DejaVuSansMono"}
 
 
 def test_committed_pdf_is_of_the_committed_text():
@@ -165,7 +168,9 @@ def fake_browser(tmp_path, monkeypatch):
 def test_figures_are_as_wide_as_the_pages_allow(tmp_path, fake_browser, limit, width):
     (tmp_path / "a.png").write_bytes(b"a picture")
     (tmp_path / "a.md").write_text("![](a.png)")
-    fake_browser("wide = int(page.split('width: ')[-1].split('%')[0])\npdf.write_text('/Type /Page\\n' * (wide // 26 + 1))")
+    fake_browser(
+        "wide = int(page.split('width: ')[-1].split('%')[0])\npdf.write_text('/BaseFont' + '/Type /Page\\n' * (wide // 26 + 1))"
+    )
     said = h.save_report(tmp_path / "a.md", tmp_path / "a.pdf", limit)
     assert f"{width}% wide" in said and pages((tmp_path / "a.pdf").read_bytes()) <= limit
 
@@ -173,12 +178,13 @@ def test_figures_are_as_wide_as_the_pages_allow(tmp_path, fake_browser, limit, w
 @pytest.mark.parametrize(
     "code, complaint",
     [
-        ("sys.exit('no display')", "printed nothing.*no display"),
-        ("pdf.write_text('half'); sys.exit(1)", "printed nothing"),
-        ("", "printed nothing"),
-        ("pdf.write_text('/Type /Page ' * 4)", "needs 4 pages.*pass a shorter text"),
+        ("sys.exit('no display')", "printed no text.*no display"),
+        ("pdf.write_text('/BaseFont'); sys.exit(1)", "printed no text"),
+        ("", "printed no text"),
+        ("pdf.write_text('/Type /Page')", "install a font"),
+        ("pdf.write_text('/BaseFont' + '/Type /Page ' * 4)", "needs 4 pages.*pass a shorter text"),
     ],
-    ids=["says no", "dies while writing", "writes nothing", "too long"],
+    ids=["says no", "dies while writing", "writes nothing", "has no fonts", "too long"],
 )
 def test_failed_print_is_an_error_and_keeps_the_old_file(tmp_path, fake_browser, code, complaint):
     (tmp_path / "a.md").write_text("text")
