@@ -1692,6 +1692,7 @@ def nelbo(
     Three things lower the noise and leave the expectation alone:
 
     - l is stratified: mask k draws s uniformly from [k / K, (k + 1) / K), shifted against each other over the rows; l / n is s.
+      The rows share the strata among them in their order: to average over a part of the rows, call it with just these.
     - A mean over l tokens is the noisier, the fewer they are. With many samples l / n is therefore s^2, which makes small l more
       frequent, and dx = 2 s ds adds the weight 2 s.
     - What the *other* K - 1 masks say is a control variate r_i for mask k, with its exact expectation added back: a level (with

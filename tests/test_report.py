@@ -35,6 +35,20 @@ def test_no_measured_number_stands_outside_the_markers(name):
 
 
 @pytest.mark.parametrize("name", ["analysis.md", "README.md"])
+def test_every_marker_names_a_table_that_is_there(name):
+    """fill_report leaves markers of absent tables alone, so a misspelt one would keep an old number for ever."""
+    text = (ROOT / name).read_text()
+    names = re.findall(r"<!-- table (\S+) -->", text) + re.findall(r"<!-- ([\w-]+) ; .*? ; .*? -->", text)
+    assert names and not [n for n in set(names) if not (ROOT / "figures" / "tables" / f"{n}.csv").exists()]
+
+
+@pytest.mark.parametrize("name", ["analysis.md", "README.md"])
+def test_no_marker_starts_a_line_of_a_paragraph(name):
+    """GitHub takes such a line for raw HTML, and the rest of the paragraph with it."""
+    assert not re.findall(r"^\s*<!-- [\w-]+ ;.*", (ROOT / name).read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize("name", ["analysis.md", "README.md"])
 def test_pictures_and_links_exist(name):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
         assert target.startswith("http") or (ROOT / target).exists(), target
@@ -43,6 +57,11 @@ def test_pictures_and_links_exist(name):
 def test_report_is_two_to_three_pages():
     words = re.sub(r"<!--.*?-->|^\|.*$", "", (ROOT / "analysis.md").read_text(), flags=re.M)
     assert 900 <= len(words.split()) <= 1800
+
+
+def test_fill_report_leaves_markers_of_absent_tables(tmp_path):
+    text = "<!-- table nowhere -->old<!-- end --> <!-- nowhere ; a ; x -->7<!-- end -->"
+    assert h.fill_report(text, tmp_path) == text
 
 
 def test_fill_report_replaces_tables_and_cells(tmp_path):
