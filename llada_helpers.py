@@ -2443,7 +2443,7 @@ class Preset:
         }
 
 
-SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (1_000, 2_000, 4_000), (10, 40))
+SMALL_CROSSOVER = Crossover(64, 2, 2, 32, 16, (400, 800, 1_600), (10, 40))
 PRESETS = {
     "smoke": Preset(
         "smoke", 64, 2, 2, 32, 0.0,
