@@ -1,6 +1,7 @@
 """Shared by all tests: the helper on the path, one hypothesis profile, a clean environment."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,3 +33,16 @@ def patch_like(monkeypatch):
         monkeypatch.setattr(module, name, functools.wraps(original)(make_wrapper(original)))
 
     return patch
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A git repository with the files of this working tree."""
+    root, directory = Path(__file__).resolve().parent.parent, tmp_path / "repository"
+    directory.mkdir()
+    for name in ("EG_TakeHome_LLaDA.ipynb", "llada_helpers.py", "requirements.txt"):
+        (directory / name).write_bytes((root / name).read_bytes())
+    git = ["git", "-C", str(directory), "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    return directory

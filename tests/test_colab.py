@@ -11,26 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "EG_TakeHome_LLaDA.ipynb"
-FILES = (NOTEBOOK, "llada_helpers.py", "requirements.txt")
 CORPUS = "To be, or not to be\n" * 200
 FAKE_PIP = "import pathlib, sys\npathlib.Path('installed.txt').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
 
 
 def first_cell() -> str:
     return "".join(next(c for c in json.loads((ROOT / NOTEBOOK).read_text())["cells"] if c["cell_type"] == "code")["source"])
-
-
-@pytest.fixture
-def repository(tmp_path) -> Path:
-    """A git repository with the files of this working tree."""
-    directory = tmp_path / "repository"
-    directory.mkdir()
-    for name in FILES:
-        (directory / name).write_bytes((ROOT / name).read_bytes())
-    git = ["git", "-C", str(directory), "-c", "user.name=test", "-c", "user.email=test@example.org"]
-    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
-        subprocess.run([*git, *arguments], check=True)
-    return directory
 
 
 @pytest.fixture
@@ -64,7 +50,7 @@ def test_the_notebook_alone_fetches_its_helper(empty, repository):
     assert "device: " in first and "preset: smoke" in first
     assert "text, 4,000 characters" in second
     assert not (empty / "installed.txt").exists(), "nothing was missing"
-    for name in FILES[1:]:
+    for name in ("llada_helpers.py", "requirements.txt"):
         assert (empty / name).read_bytes() == (ROOT / name).read_bytes()
 
 
