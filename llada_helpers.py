@@ -2469,7 +2469,7 @@ PRESETS = {
         ablation=(TrainConfig(100, 64, evals=1), TrainConfig(1000, 64, evals=10)),
         crossover=(
             SMALL_CROSSOVER,
-            Crossover(256, 6, 6, 384, 64, (80_000, 892_315), (2_700, 10_900, 54_000)),
+            Crossover(256, 6, 6, 384, 64, (80_000, 320_000, 892_315), (2_700, 10_900, 54_000)),
         ),
         recipe=(100, 5000),
         nelbo_samples=16, texts=128, blanks=1000, candidates=8,
