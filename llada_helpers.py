@@ -2641,7 +2641,7 @@ def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids
 
     >>> ids = torch.arange(4, 30)
     >>> list(crossover_jobs(SMALL_CROSSOVER, 30, ids, ids))[2]  # 3 lengths x 2 numbers of steps x 3 kinds
-    'AR, regularised, 1,000 characters, 10 steps'
+    'AR, regularised, 400 characters, 10 steps'
     """
     jobs, kinds = {}, {"LLaDA": (False, 0.0, 0.0), "AR": (True, 0.0, 0.0), "AR, regularised": (True, 0.2, 0.1)}
     for count in sizes.characters:
