@@ -187,32 +187,43 @@ def corpus_name(text: str) -> str:
 
 
 class CharTokenizer:
-    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, then the sorted characters of the text.
+    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, the sorted characters of the text, then `special` tokens of your own.
+
+    Words may stand for characters: a list of words is a text as well. Only in a list are special tokens named; no text spells one.
 
     >>> tokenizer = CharTokenizer.from_text("banana")
     >>> tokenizer.encode("nab").tolist()
     [6, 4, 5]
     >>> tokenizer.decode([2, 6, 4, 1, 3, 5])
     'na█'
+    >>> words = CharTokenizer.from_text(["I", "love", "pizza"], special=("[SEP]",))
+    >>> words.encode(["[START]", "I", "[SEP]", "pizza"]).tolist(), words.decode([4, 5, 6])
+    ([2, 4, 7, 6], 'I love pizza')
     """
 
     pad_id, mask_id, start_id, end_id = PAD_ID, MASK_ID, START_ID, END_ID
 
-    def __init__(self, characters: str):
-        if len(set(characters)) != len(characters) or not characters:
+    def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
+        names = [*SPECIAL_TOKENS, *special]
+        known = [*names, *characters]
+        if len(set(known)) != len(known) or not characters:
             raise ValueError("characters must be distinct and at least one; use CharTokenizer.from_text(text)")
-        self.characters = characters
-        self.vocab_size = len(SPECIAL_TOKENS) + len(characters)
-        self._id_of = {c: i for i, c in enumerate(characters, start=len(SPECIAL_TOKENS))}
-        self._shown = ["", MASK_GLYPH, "", "", *characters]
+        if any(len(name) < 2 for name in names):
+            raise ValueError(f"special={special}: pass names of two characters or more, such as [SEP], which no text spells")
+        self.characters, self.special = characters, tuple(special)
+        self.vocab_size = len(known)
+        self._id_of = {c: i for i, c in enumerate([*SPECIAL_TOKENS, *characters, *special])}
+        self._shown = ["", MASK_GLYPH, "", "", *characters, *("" for _ in special)]
+        self._gap = " " if any(len(c) > 1 for c in characters) else ""
 
     @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
+    def from_text(cls, text: str | list[str], special: tuple[str, ...] = ()) -> "CharTokenizer":
         if not text:
             raise ValueError("the text is empty; pass at least one character")
-        return cls("".join(sorted(set(text))))
+        found = sorted(set(text).difference(SPECIAL_TOKENS, special))
+        return cls("".join(found) if isinstance(text, str) else found, special)
 
-    def encode(self, text: str) -> Tensor:
+    def encode(self, text: str | list[str]) -> Tensor:
         """LongTensor[len(text)]. ValueError names the characters that the vocabulary lacks."""
         unknown = sorted(set(text) - self._id_of.keys())
         if unknown:
@@ -220,20 +231,21 @@ class CharTokenizer:
         return torch.tensor([self._id_of[c] for c in text], dtype=torch.long)
 
     def decode(self, ids) -> str:
-        """Text up to the first [END]; [PAD] and [START] are skipped, [MASK] is shown as a block."""
+        """Text up to the first [END]; [MASK] is shown as a block, the other special tokens are skipped. Words get spaces between."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if END_ID in ids:
             ids = ids[: ids.index(END_ID)]
-        return "".join(self._shown[i] for i in ids)
+        return self._gap.join(filter(None, (self._shown[i] for i in ids)))
 
     def to_json(self) -> str:
-        return json.dumps({"special_tokens": SPECIAL_TOKENS, "characters": self.characters})
+        return json.dumps({"special_tokens": [*SPECIAL_TOKENS, *self.special], "characters": self.characters})
 
     @classmethod
     def from_json(cls, text: str) -> "CharTokenizer":
         try:
-            return cls(json.loads(text)["characters"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            made = json.loads(text)
+            return cls(made["characters"], tuple(made.get("special_tokens", SPECIAL_TOKENS)[len(SPECIAL_TOKENS) :]))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -275,6 +287,74 @@ def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = 
     count = 1 + max(0, math.ceil((len(ids) - seq_len) / stride))
     padding = (count - 1) * stride + seq_len - len(ids)
     return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
+
+
+SPEECH = re.compile(r"(?:\A|(?<=\n\n))([^\n:]+):\n(.+?)(?=\n\n|\Z)", re.DOTALL)
+
+
+def dialogue(text: str) -> list[tuple[str, str, str]]:
+    r"""(speech before, speaker, speech) for every speech of a play, "NAME:\n" before it and an empty line after it.
+
+    >>> dialogue("ROMEO:\nAy me!\n\nJULIET:\nWhat's he?\n\nROMEO:\nI.")
+    [('', 'ROMEO', 'Ay me!'), ('Ay me!', 'JULIET', "What's he?"), ("What's he?", 'ROMEO', 'I.')]
+    """
+    speeches = SPEECH.findall(text)
+    return [(before, *speech) for before, speech in zip(["", *(words for _, words in speeches)], speeches)]
+
+
+def instruction_rows(pairs: list[tuple], tokenizer: CharTokenizer, seq_len: int, prompt_len: int) -> Tensor:
+    """Rows for SFT (Eq. 5), LongTensor[N, seq_len]: prompt [START] response [END] ... [END]; `response_tokens` finds the response.
+
+    [END] is an ordinary token: the model learns where to stop, and what fills the rest. [START], which no text contains, separates.
+
+    Args:
+        pairs: (prompt, response), each a text. A prompt keeps its last `prompt_len` tokens; a pair whose response does not leave
+            room for one [END] after a full prompt is left out.
+
+    Raises:
+        ValueError: no room for any response, or no pair that fits.
+
+    >>> tokenizer = CharTokenizer.from_text("abcd")
+    >>> instruction_rows([("abc", "d"), ("a", "bcd")], tokenizer, seq_len=5, prompt_len=2).tolist()  # "bcd" would not fit
+    [[5, 6, 2, 7, 3]]
+    """
+    room = seq_len - prompt_len - 2
+    if room < 1 or prompt_len < 1:
+        raise ValueError(f"prompt_len={prompt_len} of seq_len={seq_len}: leave room for [START], a response and [END]")
+    rows = [
+        F.pad(torch.cat((tokenizer.encode(prompt)[-prompt_len:], torch.tensor([START_ID]), tokenizer.encode(response))),
+              (0, seq_len), value=END_ID)[:seq_len]
+        for prompt, response in pairs if len(response) <= room
+    ]  # fmt: skip
+    if not rows:
+        raise ValueError(f"no response has {room} tokens or fewer; pass pairs with shorter ones, or a larger seq_len")
+    return torch.stack(rows)
+
+
+def byte_pairs(text: str, merges: int, alphabet: str = ""):
+    """A byte-pair tokenizer (Sennrich et al. 2016) of the `tokenizers` library: special tokens 0 to 3, characters, then merges.
+
+    Words are merged with the space before them, never with each other, and punctuation with its line ends.
+
+    Args:
+        text: what the merges are learned from.
+        merges: at most so many; a short text has fewer.
+        alphabet: characters to know beyond those of `text`.
+
+    >>> pairs = byte_pairs("banana bandana", merges=4)
+    >>> pairs.encode("banana").tokens, pairs.decode(pairs.encode("a banana").ids), pairs.token_to_id("[MASK]")
+    (['ban', 'ana'], 'a banana', 1)
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    known = sorted(set(text + alphabet))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    options = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": known, "show_progress": False}
+    size = len(SPECIAL_TOKENS) + len(known) + merges
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, **options))
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -608,14 +688,14 @@ def real_tokens(sequences: Tensor) -> Tensor:
     return sequences != PAD_ID
 
 
-def response_tokens(sequences: Tensor) -> Tensor:
-    """BoolTensor[B, L]: the response, what follows the row's [START]; before it stands the prompt, which SFT never masks (Eq. 5).
+def response_tokens(sequences: Tensor, separator: int = START_ID) -> Tensor:
+    """BoolTensor[B, L]: the response, what follows the row's first separator; the prompt before it is never masked (Eq. 5).
 
     >>> response_tokens(torch.tensor([[7, 8, START_ID, 9, END_ID, PAD_ID]])).tolist()
     [[False, False, False, True, True, False]]
     """
-    separator = sequences == START_ID
-    return (separator.cumsum(dim=1) > 0) & ~separator & (sequences != PAD_ID)
+    separators = sequences == separator
+    return (separators.cumsum(dim=1) > 0) & ~separators & (sequences != PAD_ID)
 
 
 def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
@@ -902,6 +982,7 @@ class Job:
         learned: sequences [B, L] -> BoolTensor[B, L], what is masked or predicted; `response_tokens` for SFT.
         start: the model whose weights to begin with; default fresh ones.
         architecture: called with the model configuration.
+        token_lengths: LongTensor[vocab_size], the characters of each token, if they are not one each; for tables per character.
 
     >>> ids = torch.arange(4, 10).repeat(10)
     >>> job = Job(ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8), TrainConfig(steps=2, batch_size=2), ids, ids)
@@ -917,6 +998,7 @@ class Job:
     learned: Callable = real_tokens
     start: nn.Module | None = None
     architecture: type = Transformer
+    token_lengths: Tensor | None = None
 
     @property
     def batch_function(self) -> Callable:
@@ -939,6 +1021,11 @@ class Job:
         for thing in code:
             digest.update(_code(thing).encode())
         return digest.hexdigest()[:12]
+
+    def characters(self, sequences: Tensor) -> Tensor:
+        """LongTensor[N]: the learned characters of each row."""
+        learned = self.learned(sequences)
+        return (learned if self.token_lengths is None else self.token_lengths[sequences] * learned).sum(dim=1)
 
     def validation_sequences(self) -> Tensor:
         sequences = windows(self.val_ids, self.model.seq_len) if self.val_ids.ndim == 1 else self.val_ids
@@ -1671,7 +1758,7 @@ def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | No
     return noise.argsort(dim=-1).argsort(dim=-1) < count[..., None]
 
 
-MANY_SAMPLES = 32  # from here on, nelbo spends more of its masks on small l
+MANY_SAMPLES = 16  # from here on, nelbo spends more of its masks on small l
 
 
 @_inference
@@ -2418,6 +2505,7 @@ class Preset:
     ablation: tuple[TrainConfig, TrainConfig]  # the notebook's short form, and `python llada_helpers.py ablations`
     crossover: tuple[Crossover, Crossover]  # likewise
     recipe: tuple[int, int]  # likewise: steps of the MDLM tutorial's recipe
+    vocabulary: tuple[TrainConfig, TrainConfig]  # likewise: characters against byte pairs
     nelbo_samples: int  # masks per validation window in the final evaluation
     texts: int  # generated texts per decoder, a multiple of GROUPS
     blanks: int  # windows with a blank to fill
@@ -2450,6 +2538,7 @@ PRESETS = {
         TrainConfig(200, 16, evals=5, eval_windows=32), TrainConfig(200, 16, evals=5, eval_windows=32),
         ablation=(TrainConfig(10, 16, evals=1, eval_windows=32), TrainConfig(20, 16, evals=1, eval_windows=32)),
         crossover=(SMALL_CROSSOVER, SMALL_CROSSOVER), recipe=(1, 2),
+        vocabulary=(TrainConfig(10, 16, evals=1), TrainConfig(20, 16, evals=1)),
         nelbo_samples=1, texts=16, blanks=16, candidates=2,
         probes=16, noise=(4, 3, (4, 16, 32)), chains=(4, 4), gradient_batches=3, items=12, choice_samples=(1, 2),
         step_counts=(4, 16, 64),
@@ -2458,7 +2547,7 @@ PRESETS = {
         "cpu", 128, 5, 4, 128, 0.0, TrainConfig(2300, 32, evals=25), TrainConfig(800, 32, evals=20),
         ablation=(TrainConfig(60, 16, evals=1), TrainConfig(250, 16, evals=5)),
         crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 20_000, 40_000), (400, 800, 1_600))),
-        recipe=(5, 130),
+        recipe=(5, 130), vocabulary=(TrainConfig(40, 16, evals=1), TrainConfig(600, 16, evals=5)),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
         probes=256, noise=(16, 16, (4, 16, 64)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
@@ -2471,7 +2560,7 @@ PRESETS = {
             SMALL_CROSSOVER,
             Crossover(256, 6, 6, 384, 64, (80_000, 320_000, 892_315), (2_700, 10_900, 54_000)),
         ),
-        recipe=(100, 5000),
+        recipe=(100, 5000), vocabulary=(TrainConfig(100, 64, evals=1), TrainConfig(2000, 64, evals=10)),
         nelbo_samples=16, texts=128, blanks=1000, candidates=8,
         probes=512, noise=(32, 32, (4, 16, 128)), chains=(32, 64), gradient_batches=64, items=1000,
         choice_samples=(1, 4, 16, 64, 128),
@@ -2653,6 +2742,51 @@ def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids
     return jobs
 
 
+MERGES = (512, 1024)
+
+
+def vocabulary_jobs(preset: Preset, config: TrainConfig, text: str) -> Jobs:
+    """LLaDA and AR on characters and on byte-pair vocabularies of MERGES merges: equal compute, and equal characters in sight.
+
+    A window has as many characters on average, a step as many tokens, and there are as many steps as the same number of
+    multiplications allows, a larger vocabulary's larger head included. Two seeds each; all are judged by the same text, the first
+    20,000 characters held out, in nats per *character*.
+
+    >>> preset = PRESETS["smoke"]
+    >>> jobs = vocabulary_jobs(preset, TrainConfig(100, 16), "the cat sat on the mat. " * 200)
+    >>> for row in ("LLaDA, characters", "LLaDA, 512 merges"):
+    ...     row, jobs[row][0].model.vocab_size, jobs[row][0].model.seq_len, jobs[row][0].train.batch_size, jobs[row][0].train.steps
+    ('LLaDA, characters', 15, 64, 16, 100)
+    ('LLaDA, 512 merges', 28, 19, 54, 119)
+    """
+    characters = CharTokenizer.from_text(text)
+    cut = len(split(characters.encode(text))[0])
+    shown, held = text[:cut], text[cut : cut + 20_000]
+    one = torch.ones(characters.vocab_size, dtype=torch.long)
+    variants = {"characters": (characters.encode(shown), characters.encode(held), one)}
+    for merges in MERGES:
+        pairs = byte_pairs(shown, merges, text)
+        lengths = torch.tensor([len(pairs.id_to_token(i)) for i in range(pairs.get_vocab_size())])
+        variants[f"{merges:,} merges"] = (*(torch.tensor(pairs.encode(part).ids) for part in (shown, held)), lengths)
+
+    def cost(shape: ModelConfig) -> int:
+        """Multiplications per token of a forward pass: matrices, attention, head."""
+        return shape.n_layer * (12 * shape.n_embd**2 + 2 * shape.seq_len * shape.n_embd) + shape.vocab_size * shape.n_embd
+
+    jobs = {}
+    for model, causal in (("LLaDA", False), ("AR", True)):
+        base = preset.model(characters.vocab_size, causal)
+        for name, (train_ids, val_ids, lengths) in variants.items():
+            seq_len = round(preset.seq_len * len(train_ids) / len(shown))
+            shape = replace(base, vocab_size=len(lengths), seq_len=seq_len)
+            batch_size = round(config.batch_size * preset.seq_len / seq_len)
+            passes = config.batch_size * base.seq_len * cost(base) / (batch_size * seq_len * cost(shape))
+            change = {"steps": round(config.steps * passes), "batch_size": batch_size, "eval_windows": len(held)}
+            configs = [replace(config, seed=seed, **change) for seed in (0, 1)]
+            jobs[f"{model}, {name}"] = [Job(shape, c, train_ids, val_ids, token_lengths=lengths) for c in configs]
+    return jobs
+
+
 def recipe_jobs(preset: Preset, steps: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> Jobs:
     """The MDLM tutorial's recipe (its 1,000 steps of warm-up, longer than this training, shortened to ours), and our LLaDA.
 
@@ -2664,6 +2798,53 @@ def recipe_jobs(preset: Preset, steps: int, vocab_size: int, train_ids: Tensor, 
     config = TrainConfig(steps, 64, muon_lr=0.0, adamw_lr=3e-4, weight_decay=0.01, evals=min(10, steps))
     tutorial = Job(shape, config, train_ids, val_ids, masked_mean, architecture=PostNormEncoder)
     return {"MDLM tutorial's recipe": [tutorial], "ours": [preset.jobs(vocab_size, train_ids, val_ids)["LLaDA"]]}
+
+
+FIRST = "Al Bren Cor Dag El Fen Gar Hol Is Jor Kel Lor Mor Nan Or Per Quil Ros Sel Tor Ul Ver Wyn Yr Zan".split()
+LAST = "ana bert dric fin gund ias lin mund nor oc ric sia thia ven".split()
+PLACES = [a + b for a in "Ash Brook Cold Dun Elm Frost Green High".split() for b in "by dale ford ham mere".split()]
+ROLES = "baker brewer cook cooper crier drover fuller glover healer mason miller piper potter reeve scribe smith".split()
+
+
+class Facts(NamedTuple):
+    """Sentences about invented people, in words, each person's in both directions; one row per fact.
+
+    `told` says what is trained on: "forwards", "backwards" or "both".
+    """
+
+    tokenizer: CharTokenizer
+    forwards: Tensor  # LongTensor[F, 7], "X is the Y of Z ."
+    backwards: Tensor  # LongTensor[F, 7], "the Y of Z is X ."
+    told: np.ndarray  # [F] of str
+
+    def training_rows(self) -> Tensor:
+        """LongTensor[N, 7]: each fact in the direction, or the directions, in which it is told."""
+        return torch.cat((self.forwards[self.told != "backwards"], self.backwards[self.told != "forwards"]))
+
+
+def invented_facts(per_group: int, seed: int) -> Facts:
+    """A third of 3 * `per_group` facts told forwards only, a third backwards only, a third, the control, both ways.
+
+    X is somebody else in each fact, and so is the pair (Y, Z); a role Y and a place Z alone belong to many.
+
+    Raises:
+        ValueError: more facts than names.
+
+    >>> facts = invented_facts(per_group=1, seed=0)
+    >>> [facts.tokenizer.decode(row) for row in facts.training_rows()[:2]]
+    ['Torana is the scribe of Brookham .', 'Isias is the potter of Highham .']
+    """
+    rng = np.random.default_rng(seed)
+    names = [a + b for a in FIRST for b in LAST]
+    count = 3 * per_group
+    if not 0 < count <= len(names):
+        raise ValueError(f"per_group={per_group}: pass 1 to {len(names) // 3}, there are {len(names)} names")
+    names = rng.permutation(names)[:count]
+    described = [(ROLES[i % len(ROLES)], PLACES[i // len(ROLES)]) for i in rng.permutation(len(ROLES) * len(PLACES))[:count]]
+    tokenizer = CharTokenizer.from_text([*names, *ROLES, *PLACES, "is", "the", "of", "."])
+    ways = ([[x, "is", "the", y, "of", z, "."], ["the", y, "of", z, "is", x, "."]] for x, (y, z) in zip(names, described))
+    forwards, backwards = (torch.stack([tokenizer.encode(words) for words in way]) for way in zip(*ways))
+    return Facts(tokenizer, forwards, backwards, np.repeat(["forwards", "backwards", "both"], per_group))
 
 
 def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", quiet: bool = False) -> pd.DataFrame:
@@ -2691,7 +2872,8 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
         sequences = job.validation_sequences()
         learned = job.learned(sequences)
         nats = torch.stack([validation_nats(run.model, sequences, learned, job.autoregressive).cpu() for run in runs]).mean(dim=0)
-        counts, each = learned.sum(dim=1), [run.summary["best"] for run in runs]
+        counts, each = job.characters(sequences), [run.summary["best"] for run in runs]
+        each = [best * float(learned.sum() / counts.sum()) for best in each]  # validation is per token
         mean, half = per_character(nats, counts)
         line = {"row": row, "nats/char": mean, "95% ±": half, "lowest seed": min(each), "highest seed": max(each)}
         if first is None:
@@ -2700,7 +2882,7 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
             line["difference"], line["difference ±"] = per_character(nats - first, counts)
         summary = runs[0].summary
         line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
-        line |= {"characters": job.train_ids.numel(), "epochs": summary["tokens"] / job.train_ids.numel()}
+        line |= {"characters": int(job.characters(job.train_ids.view(1, -1))), "epochs": summary["tokens"] / job.train_ids.numel()}
         line |= {"seconds": np.mean([run.summary["seconds"] for run in runs]), "fingerprint": suite_mark(trials)}
         curves += [run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials)]
         record = json.loads((runs[0].path / "run.json").read_text())
@@ -2770,6 +2952,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("ablations", "LLaDA with one thing changed at a time; figures/tables/ablations.csv"),
         ("crossover", "LLaDA against AR on little text, for many epochs; figures/tables/crossover.csv"),
         ("recipe", "the MDLM tutorial's recipe beside ours; figures/tables/recipe.csv"),
+        ("vocabulary", "characters against byte pairs, LLaDA and AR; figures/tables/vocabulary.csv"),
     ):
         aliases = ["ablate"] if command == "ablations" else []
         options = commands.add_parser(command, help=text, description=text, aliases=aliases)
@@ -2797,6 +2980,8 @@ def main(arguments: list[str] | None = None) -> None:
         name, jobs = "crossover", crossover_jobs(preset.crossover[1], *data)
     elif arguments.command == "recipe":
         name, jobs = "recipe", recipe_jobs(preset, preset.recipe[1], *data)
+    elif arguments.command == "vocabulary":
+        name, jobs = "vocabulary", vocabulary_jobs(preset, preset.vocabulary[1], text)
     else:
         name, jobs = "ablations", ablation_jobs(preset, preset.ablation[1], *data)
     print(run_jobs(name, jobs, compiled=preset.compiled, only=arguments.only).iloc[:, :7].to_string(index=False))
