@@ -187,9 +187,9 @@ def corpus_name(text: str) -> str:
 
 
 class CharTokenizer:
-    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, the sorted characters of the text, then `special` tokens of your own.
+    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, the sorted characters, then your own `special` tokens.
 
-    Words may stand for characters: a list of words is a text as well. Only in a list are special tokens named; no text spells one.
+    Words may stand for characters: a list of words is a text as well. Special tokens have names in lists only; no text spells them.
 
     >>> tokenizer = CharTokenizer.from_text("banana")
     >>> tokenizer.encode("nab").tolist()
@@ -231,7 +231,7 @@ class CharTokenizer:
         return torch.tensor([self._id_of[c] for c in text], dtype=torch.long)
 
     def decode(self, ids) -> str:
-        """Text up to the first [END]; [MASK] is shown as a block, the other special tokens are skipped. Words get spaces between."""
+        """Text up to the first [END], with spaces between words; [MASK] is shown as a block, other special tokens are skipped."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if END_ID in ids:
             ids = ids[: ids.index(END_ID)]
@@ -303,9 +303,9 @@ def dialogue(text: str) -> list[tuple[str, str, str]]:
 
 
 def instruction_rows(pairs: list[tuple], tokenizer: CharTokenizer, seq_len: int, prompt_len: int) -> Tensor:
-    """Rows for SFT (Eq. 5), LongTensor[N, seq_len]: prompt [START] response [END] ... [END]; `response_tokens` finds the response.
+    """Rows for SFT (Eq. 5), LongTensor[N, seq_len]: prompt [START] response [END] ... [END]; see `response_tokens`.
 
-    [END] is an ordinary token: the model learns where to stop, and what fills the rest. [START], which no text contains, separates.
+    [END] is an ordinary token: the model learns where to stop, and what fills the rest. [START], which is in no text, separates.
 
     Args:
         pairs: (prompt, response), each a text. A prompt keeps its last `prompt_len` tokens; a pair whose response does not leave
@@ -1711,9 +1711,7 @@ def _nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor,
 
 
 @_inference
-def ar_nll(
-    model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None
-) -> Tensor:
+def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None) -> Tensor:
     """Exact -log p of each sequence under the AR model, FloatTensor[B], nats (Eq. 2).
 
     `counted` BoolTensor[B, L], default all but padding: the tokens whose conditional probabilities enter, given all before them.
@@ -2755,7 +2753,8 @@ def vocabulary_jobs(preset: Preset, config: TrainConfig, text: str) -> Jobs:
     >>> preset = PRESETS["smoke"]
     >>> jobs = vocabulary_jobs(preset, TrainConfig(100, 16), "the cat sat on the mat. " * 200)
     >>> for row in ("LLaDA, characters", "LLaDA, 512 merges"):
-    ...     row, jobs[row][0].model.vocab_size, jobs[row][0].model.seq_len, jobs[row][0].train.batch_size, jobs[row][0].train.steps
+    ...     model, config = jobs[row][0].model, jobs[row][0].train
+    ...     row, model.vocab_size, model.seq_len, config.batch_size, config.steps
     ('LLaDA, characters', 15, 64, 16, 100)
     ('LLaDA, 512 merges', 28, 19, 54, 119)
     """
@@ -2800,10 +2799,43 @@ def recipe_jobs(preset: Preset, steps: int, vocab_size: int, train_ids: Tensor, 
     return {"MDLM tutorial's recipe": [tutorial], "ours": [preset.jobs(vocab_size, train_ids, val_ids)["LLaDA"]]}
 
 
-FIRST = "Al Bren Cor Dag El Fen Gar Hol Is Jor Kel Lor Mor Nan Or Per Quil Ros Sel Tor Ul Ver Wyn Yr Zan".split()
-LAST = "ana bert dric fin gund ias lin mund nor oc ric sia thia ven".split()
-PLACES = [a + b for a in "Ash Brook Cold Dun Elm Frost Green High".split() for b in "by dale ford ham mere".split()]
-ROLES = "baker brewer cook cooper crier drover fuller glover healer mason miller piper potter reeve scribe smith".split()
+FIRST = (
+    "Al",
+    "Bren",
+    "Cor",
+    "Dag",
+    "El",
+    "Fen",
+    "Gar",
+    "Hol",
+    "Is",
+    "Jor",
+    "Kel",
+    "Lor",
+    "Mor",
+    "Nan",
+    "Or",
+    "Per",
+    "Quil",
+    "Ros",
+)
+LAST = ("ana", "bert", "dric", "fin", "gund", "ias", "lin", "mund", "nor", "oc", "ric", "sia", "thia", "ven")
+PLACES = [a + b for a in ("Ash", "Brook", "Cold", "Dun", "Elm", "Frost") for b in ("by", "dale", "ford", "ham", "mere")]
+ROLES = (
+    "baker",
+    "brewer",
+    "cook",
+    "cooper",
+    "crier",
+    "drover",
+    "fuller",
+    "glover",
+    "healer",
+    "mason",
+    "miller",
+    "piper",
+    "smith",
+)
 
 
 class Facts(NamedTuple):
@@ -2832,7 +2864,7 @@ def invented_facts(per_group: int, seed: int) -> Facts:
 
     >>> facts = invented_facts(per_group=1, seed=0)
     >>> [facts.tokenizer.decode(row) for row in facts.training_rows()[:2]]
-    ['Torana is the scribe of Brookham .', 'Isias is the potter of Highham .']
+    ['Garias is the crier of Elmford .', 'Rosfin is the brewer of Frostby .']
     """
     rng = np.random.default_rng(seed)
     names = [a + b for a in FIRST for b in LAST]
@@ -2882,7 +2914,8 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
             line["difference"], line["difference ±"] = per_character(nats - first, counts)
         summary = runs[0].summary
         line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
-        line |= {"characters": int(job.characters(job.train_ids.view(1, -1))), "epochs": summary["tokens"] / job.train_ids.numel()}
+        rows_of_text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
+        line |= {"characters": int(job.characters(rows_of_text).sum()), "epochs": summary["tokens"] / job.train_ids.numel()}
         line |= {"seconds": np.mean([run.summary["seconds"] for run in runs]), "fingerprint": suite_mark(trials)}
         curves += [run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials)]
         record = json.loads((runs[0].path / "run.json").read_text())
