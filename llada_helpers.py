@@ -189,7 +189,7 @@ def corpus_name(text: str) -> str:
 class CharTokenizer:
     """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, the sorted characters, then your own `special` tokens.
 
-    Words may stand for characters: a list of words is a text as well. Special tokens have names in lists only; no text spells them.
+    Words may stand for characters: a list of words is a text as well. Special tokens are named in lists only: no text spells one.
 
     >>> tokenizer = CharTokenizer.from_text("banana")
     >>> tokenizer.encode("nab").tolist()

@@ -363,7 +363,7 @@ DAMAGE = {
     **{f"cut to {n}": cut(n) for n in (0, 5, 300, -10)},
     "weight": flip_a_weight,
     "step": flip_in_the_notes(rb'"meta":"{\"step\": 4', rb'"meta":"{\"step\": 6'),
-    "key": flip_in_the_notes(rb'\"fingerprint\"', rb'\"gingerprint\"'),
+    "key": flip_in_the_notes(rb"\"fingerprint\"", rb"\"gingerprint\""),
 }
 
 
