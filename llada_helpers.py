@@ -2514,6 +2514,13 @@ class Preset:
     gradient_batches: int  # batches for the noise of the gradient
     items: int  # questions of the multiple choice
     choice_samples: tuple[int, ...]  # masks per option
+    sft: TrainConfig
+    replies: int  # speeches scored and answered before and after SFT
+    speeches: int  # speeches of each of four speakers to tell apart
+    name_samples: int  # masks per speech there; half as many per name
+    guided: int  # answers per strength of guidance, a multiple of GROUPS
+    facts: tuple[int, int, int]  # invented facts per group, steps and seeds of the reversal experiment
+    toy_steps: int  # of the tutorials' toy, for each of its two trainings
     step_counts: tuple[int, ...] = field(default=())
     compiled: bool = False
 
@@ -2539,6 +2546,8 @@ PRESETS = {
         vocabulary=(TrainConfig(10, 16, evals=1), TrainConfig(20, 16, evals=1)),
         nelbo_samples=1, texts=16, blanks=16, candidates=2,
         probes=16, noise=(4, 3, (4, 16, 32)), chains=(4, 4), gradient_batches=3, items=12, choice_samples=(1, 2),
+        sft=TrainConfig(20, 16, muon_lr=0.005, adamw_lr=1e-3, evals=2, eval_windows=16),
+        replies=8, speeches=2, name_samples=4, guided=8, facts=(2, 40, 2), toy_steps=150,
         step_counts=(4, 16, 64),
     ),
     "cpu": Preset(
@@ -2547,7 +2556,9 @@ PRESETS = {
         crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 20_000, 40_000), (400, 800, 1_600))),
         recipe=(5, 130), vocabulary=(TrainConfig(40, 16, evals=1), TrainConfig(600, 16, evals=5)),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
-        probes=256, noise=(16, 16, (4, 16, 64)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
+        probes=256, noise=(16, 24, (4, 16, 32)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
+        sft=TrainConfig(150, 32, muon_lr=0.005, adamw_lr=1e-3, evals=3),
+        replies=96, speeches=30, name_samples=16, guided=48, facts=(30, 1000, 3), toy_steps=200,
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,
     ),
     "gpu": Preset(
@@ -2562,6 +2573,8 @@ PRESETS = {
         nelbo_samples=16, texts=128, blanks=1000, candidates=8,
         probes=512, noise=(32, 32, (4, 16, 128)), chains=(32, 64), gradient_batches=64, items=1000,
         choice_samples=(1, 4, 16, 64, 128),
+        sft=TrainConfig(400, 64, muon_lr=0.005, adamw_lr=1e-3, evals=4),
+        replies=256, speeches=60, name_samples=64, guided=256, facts=(80, 4000, 5), toy_steps=200,
         step_counts=(4, 8, 16, 32, 64, 128, 256), compiled=False,
     ),
 }  # fmt: skip
