@@ -354,6 +354,7 @@ def byte_pairs(text: str, merges: int, alphabet: str = ""):
     options = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": known, "show_progress": False}
     size = len(SPECIAL_TOKENS) + len(known) + merges
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, **options))
+    tokenizer.encode_special_tokens = True  # as characters: a text that spells [MASK] has no mask
     return tokenizer
 
 
