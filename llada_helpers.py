@@ -289,7 +289,7 @@ def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = 
     return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
 
 
-SPEECH = re.compile(r"(?:\A|(?<=\n\n))([^\n:]+):\n(.+?)(?=\n\n|\Z)", re.DOTALL)
+SPEECH = re.compile(r"(?:\A|(?<=\n\n))([^\n:]+):\n(?!\n)(.+?)(?=\n\n|\n?\Z)", re.DOTALL)
 
 
 def dialogue(text: str) -> list[tuple[str, str, str]]:
