@@ -214,7 +214,7 @@ class CharTokenizer:
         self.vocab_size = len(known)
         self._id_of = {c: i for i, c in enumerate([*SPECIAL_TOKENS, *characters, *special])}
         self._shown = ["", MASK_GLYPH, "", "", *characters, *("" for _ in special)]
-        self._gap = " " if any(len(c) > 1 for c in characters) else ""
+        self._gap = "" if isinstance(characters, str) else " "
 
     @classmethod
     def from_text(cls, text: str | list[str], special: tuple[str, ...] = ()) -> "CharTokenizer":
