@@ -244,7 +244,11 @@ class CharTokenizer:
     def from_json(cls, text: str) -> "CharTokenizer":
         try:
             made = json.loads(text)
-            return cls(made["characters"], tuple(made.get("special_tokens", SPECIAL_TOKENS)[len(SPECIAL_TOKENS) :]))
+            characters, names = made["characters"], made.get("special_tokens", [*SPECIAL_TOKENS])
+            known = isinstance(characters, (str, list)) and all(isinstance(c, str) for c in characters)
+            if not known or names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS]:
+                raise TypeError(f"special_tokens={names}, characters={characters}")
+            return cls(characters, tuple(names[len(SPECIAL_TOKENS) :]))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
