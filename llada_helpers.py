@@ -214,7 +214,7 @@ class CharTokenizer:
         self.vocab_size = len(known)
         self._id_of = {c: i for i, c in enumerate([*SPECIAL_TOKENS, *characters, *special])}
         self._shown = ["", MASK_GLYPH, "", "", *characters, *("" for _ in special)]
-        self._gap = " " if any(len(c) > 1 for c in characters) else ""
+        self._gap = "" if isinstance(characters, str) else " "
 
     @classmethod
     def from_text(cls, text: str | list[str], special: tuple[str, ...] = ()) -> "CharTokenizer":
@@ -244,7 +244,11 @@ class CharTokenizer:
     def from_json(cls, text: str) -> "CharTokenizer":
         try:
             made = json.loads(text)
-            return cls(made["characters"], tuple(made.get("special_tokens", SPECIAL_TOKENS)[len(SPECIAL_TOKENS) :]))
+            characters, names = made["characters"], made.get("special_tokens", [*SPECIAL_TOKENS])
+            known = isinstance(characters, (str, list)) and all(isinstance(c, str) for c in characters)
+            if not known or names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS]:
+                raise TypeError(f"special_tokens={names}, characters={characters}")
+            return cls(characters, tuple(names[len(SPECIAL_TOKENS) :]))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
@@ -289,7 +293,7 @@ def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = 
     return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
 
 
-SPEECH = re.compile(r"(?:\A|(?<=\n\n))([^\n:]+):\n(.+?)(?=\n\n|\Z)", re.DOTALL)
+SPEECH = re.compile(r"(?:\A|(?<=\n\n))([^\n:]+):\n(?!\n)(.+?)(?=\n\n|\n?\Z)", re.DOTALL)
 
 
 def dialogue(text: str) -> list[tuple[str, str, str]]:
@@ -354,6 +358,7 @@ def byte_pairs(text: str, merges: int, alphabet: str = ""):
     options = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": known, "show_progress": False}
     size = len(SPECIAL_TOKENS) + len(known) + merges
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, **options))
+    tokenizer.encode_special_tokens = True  # as characters: a text that spells [MASK] has no mask
     return tokenizer
 
 
