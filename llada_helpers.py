@@ -206,8 +206,8 @@ class CharTokenizer:
     def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
         names = [*SPECIAL_TOKENS, *special]
         known = [*names, *characters]
-        if len(set(known)) != len(known) or not characters:
-            raise ValueError("characters must be distinct and at least one; use CharTokenizer.from_text(text)")
+        if len(set(known)) != len(known) or not characters or "" in known:
+            raise ValueError("characters must be distinct, not empty, and at least one; use CharTokenizer.from_text(text)")
         if any(len(name) < 2 for name in names):
             raise ValueError(f"special={special}: pass names of two characters or more, such as [SEP], which no text spells")
         self.characters, self.special = characters, tuple(special)
@@ -343,7 +343,7 @@ def byte_pairs(text: str, merges: int, alphabet: str = ""):
     Args:
         text: what the merges are learned from.
         merges: at most so many; a short text has fewer.
-        alphabet: characters to know beyond those of `text`.
+        alphabet: characters to know beyond those of `text`; any other is dropped in silence, as this library does.
 
     >>> pairs = byte_pairs("banana bandana", merges=4)
     >>> pairs.encode("banana").tokens, pairs.decode(pairs.encode("a banana").ids), pairs.token_to_id("[MASK]")
@@ -1032,6 +1032,9 @@ class Job:
         learned = self.learned(sequences)
         return (learned if self.token_lengths is None else self.token_lengths[sequences] * learned).sum(dim=1)
 
+    def training_characters(self) -> int:
+        return int(self.characters(self.train_ids.view(1, -1) if self.train_ids.ndim == 1 else self.train_ids).sum())
+
     def validation_sequences(self) -> Tensor:
         sequences = windows(self.val_ids, self.model.seq_len) if self.val_ids.ndim == 1 else self.val_ids
         return sequences[torch.linspace(0, len(sequences) - 1, min(self.train.eval_windows, len(sequences))).long()]
@@ -1245,7 +1248,7 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     if main:
         record = {"name": name, "fingerprint": mark, "model": asdict(job.model), "train": asdict(config)}
         record |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": accelerator.mixed_precision}
-        record |= {"batch": job.batch_function.__name__, "learned": job.learned.__name__, "characters": job.train_ids.numel()}
+        record |= {"batch": job.batch_function.__name__, "learned": job.learned.__name__, "characters": job.training_characters()}
         record |= {"data_sha256": hashlib.sha256(job.train_ids.numpy().tobytes()).hexdigest(), **describe_machine()}
         record |= {"architecture": job.architecture.__name__, "processes": accelerator.num_processes}
         write_atomically(run_dir / "run.json", json.dumps(record, indent=1).encode())
@@ -2794,7 +2797,7 @@ def vocabulary_jobs(preset: Preset, config: TrainConfig, text: str) -> Jobs:
     for model, causal in (("LLaDA", False), ("AR", True)):
         base = preset.model(characters.vocab_size, causal)
         for name, (train_ids, val_ids, lengths) in variants.items():
-            seq_len = round(preset.seq_len * len(train_ids) / len(shown))
+            seq_len = max(1, round(preset.seq_len * len(train_ids) / len(shown)))
             shape = replace(base, vocab_size=len(lengths), seq_len=seq_len)
             batch_size = round(config.batch_size * preset.seq_len / seq_len)
             passes = config.batch_size * base.seq_len * cost(base) / (batch_size * seq_len * cost(shape))
@@ -2932,8 +2935,7 @@ def run_jobs(name: str, jobs: Jobs, *, compiled: bool = False, only: str = "", q
             line["difference"], line["difference ±"] = per_character(nats - first, counts)
         summary = runs[0].summary
         line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
-        rows_of_text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
-        line |= {"characters": int(job.characters(rows_of_text).sum()), "epochs": summary["tokens"] / job.train_ids.numel()}
+        line |= {"characters": job.training_characters(), "epochs": summary["tokens"] / job.train_ids.numel()}
         line |= {"seconds": np.mean([run.summary["seconds"] for run in runs]), "fingerprint": suite_mark(trials)}
         curves += [run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials)]
         record = json.loads((runs[0].path / "run.json").read_text())
