@@ -2564,7 +2564,7 @@ PRESETS = {
         crossover=(SMALL_CROSSOVER, Crossover(64, 3, 2, 64, 16, (10_000, 20_000, 40_000), (400, 800, 1_600))),
         recipe=(5, 130), vocabulary=(TrainConfig(40, 16, evals=1), TrainConfig(600, 16, evals=5)),
         nelbo_samples=8, texts=64, blanks=500, candidates=4,
-        probes=256, noise=(16, 24, (4, 16, 32)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
+        probes=256, noise=(16, 20, (4, 16, 32)), chains=(12, 16), gradient_batches=32, items=500, choice_samples=(1, 4, 16),
         sft=TrainConfig(150, 32, muon_lr=0.005, adamw_lr=1e-3, evals=3),
         replies=96, speeches=30, name_samples=16, guided=48, facts=(30, 1000, 3), toy_steps=200,
         step_counts=(4, 8, 16, 32, 64, 128), compiled=True,

@@ -34,6 +34,9 @@ def test_committed_notebook_is_executed_and_complete():
         r"^## Part (\d): (.*)$", "\n".join("".join(c["source"]) for c in cells(ROOT / NOTEBOOK, "markdown")), re.M
     )
     assert [int(number) for number, _ in headings] == list(range(1, 9))
+    beyond = "\n".join("".join(c["source"]) for c in cells(ROOT / NOTEBOOK, "markdown")).partition("## Beyond the assignment")[2]
+    for topic in ("Instruction tuning", "Who says it", "Guidance", "reversal", "toy", "the time", "byte pairs"):
+        assert re.search(rf"^### .*{topic}", beyond, re.M), topic
     first = "".join("".join(o["text"]) for c in cells(ROOT / NOTEBOOK, "code")[:2] for o in c["outputs"])
     assert all(word in first for word in ("preset", "device", "torch", "SHA-256", "TinyShakespeare"))
     widgets = json.loads((ROOT / NOTEBOOK).read_text())["metadata"]["widgets"]
@@ -84,7 +87,12 @@ def test_smoke_runs_clean_and_twice_the_same(tmp_path, corpus):
         assert_clean(first / NOTEBOOK)
     names = sorted(p.name for p in a.iterdir())
     assert names == sorted(p.name for p in b.iterdir())
-    assert {"models.csv", "perplexity.csv", "quality.csv", "speed.csv", "samples.csv", "ablations.csv"} <= set(names)
+    parts = {"models.csv", "perplexity.csv", "quality.csv", "speed.csv", "samples.csv", "ablations.csv"}
+    beyond = {"sft.csv", "answers.csv", "speakers.csv", "guidance.csv", "reversal.csv", "toy.csv", "vocabulary_bits.csv"}
+    assert parts | beyond <= set(names)
+    toy = pd.read_csv(a / "toy.csv", dtype=str)
+    assert toy["sampled"].tolist() == ["4", "hola", "Paris"]
+    assert toy["chosen"].iloc[-1] == "Paris"
     for name in names:
         assert without_clocks(a / name) == without_clocks(b / name), name
 

@@ -56,7 +56,7 @@ def test_pictures_and_links_exist(name):
 
 def test_report_is_two_to_three_pages():
     words = re.sub(r"<!--.*?-->|^\|.*$", "", (ROOT / "analysis.md").read_text(), flags=re.M)
-    assert 900 <= len(words.split()) <= 1800
+    assert 900 <= len(words.split()) <= 2150  # what three pages hold; the PDF's pages are counted below
 
 
 def test_fill_report_leaves_markers_of_absent_tables(tmp_path):
