@@ -2863,6 +2863,10 @@ class Facts(NamedTuple):
     """Sentences about invented people, in words, each person's in both directions; one row per fact.
 
     `told` says what is trained on: "forwards", "backwards" or "both".
+
+    >>> facts = invented_facts(per_group=2, seed=0)
+    >>> facts.told.tolist(), len(facts.training_rows())
+    (['forwards', 'forwards', 'backwards', 'backwards', 'both', 'both'], 8)
     """
 
     tokenizer: CharTokenizer

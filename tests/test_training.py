@@ -543,7 +543,7 @@ def mark_of_edited(tmp_path, edits):
         (r"< t\[:, None\]\) & maskable", "<= t[:, None]) & maskable"),
         (r"b, c = 3\.4445", "b, c = 3.4444"),
         (r"\(a \* cos \+ b \* sin,", "(a * cos - b * sin,"),
-        (r"\(separator\.cumsum\(dim=1\) > 0\)", "(separator.cumsum(dim=1) >= 0)"),
+        (r"\(separators\.cumsum\(dim=1\) > 0\)", "(separators.cumsum(dim=1) >= 0)"),
         (r"1 - torch\.rand\(len\(sequences\), generator=generator\)", "torch.ones(len(sequences))"),
         (r"return torch\.rand\(shape, generator=generator, device=device, dtype=dtype\)", "return torch.zeros(shape)"),
     ],
