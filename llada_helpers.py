@@ -204,15 +204,14 @@ class CharTokenizer:
     pad_id, mask_id, start_id, end_id = PAD_ID, MASK_ID, START_ID, END_ID
 
     def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
-        names = [*SPECIAL_TOKENS, *special]
-        known = [*names, *characters]
+        known = [*SPECIAL_TOKENS, *characters, *special]
         if len(set(known)) != len(known) or not characters or "" in known:
             raise ValueError("characters must be distinct, not empty, and at least one; use CharTokenizer.from_text(text)")
-        if any(len(name) < 2 for name in names):
+        if any(len(name) < 2 for name in special):
             raise ValueError(f"special={special}: pass names of two characters or more, such as [SEP], which no text spells")
         self.characters, self.special = characters, tuple(special)
         self.vocab_size = len(known)
-        self._id_of = {c: i for i, c in enumerate([*SPECIAL_TOKENS, *characters, *special])}
+        self._id_of = {c: i for i, c in enumerate(known)}
         self._shown = ["", MASK_GLYPH, "", "", *characters, *("" for _ in special)]
         self._gap = "" if isinstance(characters, str) else " "
 
@@ -1244,10 +1243,11 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     if compiled and (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         for block in model.blocks:
             block.compile()
+    parameters = sum(p.numel() for p in model.parameters())
     twin = job.architecture(job.model).to(accelerator.device).eval()  # for validation: eager, full precision, any shape
     if main:
         record = {"name": name, "fingerprint": mark, "model": asdict(job.model), "train": asdict(config)}
-        record |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": accelerator.mixed_precision}
+        record |= {"parameters": parameters, "precision": accelerator.mixed_precision}
         record |= {"batch": job.batch_function.__name__, "learned": job.learned.__name__, "characters": job.training_characters()}
         record |= {"data_sha256": hashlib.sha256(job.train_ids.numpy().tobytes()).hexdigest(), **describe_machine()}
         record |= {"architecture": job.architecture.__name__, "processes": accelerator.num_processes}
@@ -1313,8 +1313,7 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         if writer:
             writer.close()
     summary = {"best": progress["best"], "steps": step, "seconds": round(progress["seconds"], 1), "fingerprint": mark}
-    summary |= {"parameters": sum(p.numel() for p in model.parameters())}
-    summary |= {"tokens": step * config.batch_size * job.model.seq_len}
+    summary |= {"parameters": parameters, "tokens": step * config.batch_size * job.model.seq_len}
     if main and complete:
         write_atomically(final_path, json.dumps(summary, indent=1).encode())
     accelerator.wait_for_everyone()
@@ -2820,43 +2819,16 @@ def recipe_jobs(preset: Preset, steps: int, vocab_size: int, train_ids: Tensor, 
     return {"MDLM tutorial's recipe": [tutorial], "ours": [preset.jobs(vocab_size, train_ids, val_ids)["LLaDA"]]}
 
 
+# fmt: off
 FIRST = (
-    "Al",
-    "Bren",
-    "Cor",
-    "Dag",
-    "El",
-    "Fen",
-    "Gar",
-    "Hol",
-    "Is",
-    "Jor",
-    "Kel",
-    "Lor",
-    "Mor",
-    "Nan",
-    "Or",
-    "Per",
-    "Quil",
-    "Ros",
+    "Al", "Bren", "Cor", "Dag", "El", "Fen", "Gar", "Hol", "Is", "Jor", "Kel", "Lor", "Mor", "Nan", "Or", "Per", "Quil", "Ros",
 )
 LAST = ("ana", "bert", "dric", "fin", "gund", "ias", "lin", "mund", "nor", "oc", "ric", "sia", "thia", "ven")
 PLACES = [a + b for a in ("Ash", "Brook", "Cold", "Dun", "Elm", "Frost") for b in ("by", "dale", "ford", "ham", "mere")]
 ROLES = (
-    "baker",
-    "brewer",
-    "cook",
-    "cooper",
-    "crier",
-    "drover",
-    "fuller",
-    "glover",
-    "healer",
-    "mason",
-    "miller",
-    "piper",
-    "smith",
+    "baker", "brewer", "cook", "cooper", "crier", "drover", "fuller", "glover", "healer", "mason", "miller", "piper", "smith",
 )
+# fmt: on
 
 
 class Facts(NamedTuple):

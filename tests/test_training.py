@@ -77,6 +77,24 @@ class Killed(BaseException):
     """Death without clean-up."""
 
 
+@contextlib.contextmanager
+def killed_at_rename(monkeypatch, file, occasion):
+    """What runs inside must die just before the so-manieth time that a file is renamed to `file`."""
+    rename, seen = os.replace, []
+
+    def deadly(source, target):
+        if Path(target).name == file:
+            seen.append(target)
+            if len(seen) == occasion:
+                raise Killed
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.os, "replace", deadly)
+        with pytest.raises(Killed):
+            yield
+
+
 def stops_at(step):
     """A progress bar with Ctrl-C in the middle of training step `step`."""
 
@@ -215,20 +233,8 @@ FILES = ["config.json", "model.safetensors", "previous.safetensors", "last.safet
 def test_killed_just_before_a_file_appears(reference, tmp_path, monkeypatch, file, occasion):
     """Death (no clean-up) at each rename: the next call still ends where the uninterrupted run does, metrics.csv included."""
     run, root = reference
-    seen = []
-    replace = os.replace
-
-    def deadly(source, target):
-        if Path(target).name == file:
-            seen.append(target)
-            if len(seen) == occasion:
-                raise Killed
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(h.os, "replace", deadly)
-        with pytest.raises(Killed):
-            train(tmp_path)
+    with killed_at_rename(monkeypatch, file, occasion):
+        train(tmp_path)
     resumed = train(tmp_path)
     same_result(run, root, resumed, tmp_path)
     assert pd.read_csv(resumed.path / "metrics.csv").step.tolist() == run.metrics.step.tolist()
@@ -392,19 +398,8 @@ def test_damaged_checkpoint_does_not_replace_the_sound_one(reference, copy, monk
     """A kill while a checkpoint after the damage is put in place must not leave the damaged one alone."""
     (run, reference_root), (root, last, _) = reference, copy
     last.write_bytes(flip_a_weight(last.read_bytes()))
-    rename, seen = os.replace, []
-
-    def deadly(source, target):
-        if Path(target).name == "last.safetensors":
-            seen.append(source)
-            if len(seen) == occasion:
-                raise Killed
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(h.os, "replace", deadly)
-        with pytest.warns(UserWarning, match="damaged"), pytest.raises(Killed):
-            train(root)
+    with pytest.warns(UserWarning, match="damaged"), killed_at_rename(monkeypatch, "last.safetensors", occasion):
+        train(root)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resumed = train(root)
