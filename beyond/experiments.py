@@ -1,0 +1,295 @@
+"""Many trainings, one table: suites of experiments, trained from the command line, read by the notebooks.
+
+    python -m beyond.experiments train --preset cpu --model llada
+    python -m beyond.experiments ablations --preset cpu
+
+A suite is a dictionary from the rows of a table to their trainings, one for each seed. It has a full form, which the command
+line trains, and a short one, which a notebook trains where the full one's table is missing or was made by other trainings.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+import llada_helpers as H
+from beyond import ablations, crossover, recipe, schedule, vocabulary
+
+Jobs = dict[str, list[H.Job]]
+COMMITTED = Path("figures", "tables")
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, 97.5%, for 2 to 8 seeds
+
+
+def characters(sequences: Tensor, learned: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """LongTensor[N]: the learned characters of each row; `lengths` LongTensor[vocab_size] if tokens are not one each.
+
+    >>> rows = torch.tensor([[4, 5, H.PAD_ID]])
+    >>> characters(rows, H.real_tokens(rows)).tolist(), characters(rows, rows > 0, torch.tensor([5, 6, 7, 8, 1, 3])).tolist()
+    ([2], [4])
+    """
+    return (learned if lengths is None else lengths[sequences] * learned).sum(dim=1)
+
+
+def over_seeds(values: list[float]) -> float:
+    """Half-width of the 95% interval of a mean over seeds (Student's t; more than 8 seeds: a little too wide); NaN for one.
+
+    >>> round(over_seeds([1.0, 2.0, 3.0]), 3), over_seeds([1.0])
+    (2.484, nan)
+    """
+    if len(values) < 2:
+        return float("nan")
+    quantile = T_QUANTILES[min(len(values), len(T_QUANTILES) + 1) - 2]
+    return float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+class Row(NamedTuple):
+    """What `run_jobs` keeps of a row: its line, its curves, and what a paired difference needs."""
+
+    line: dict
+    curves: list[pd.DataFrame]
+    sequences: Tensor  # LongTensor[N, L], the windows of the validation
+    learned: Tensor  # BoolTensor[N, L]
+    nats: Tensor  # FloatTensor[N], the mean over seeds
+
+
+def _row(row: str, trials: list[H.Job], runs: list[H.Run], lengths: Tensor | None, first: Row | None) -> Row:
+    """One line of a table from its finished runs."""
+    job, summary = trials[0], runs[0].summary
+    sequences = job.validation_sequences()
+    learned = job.learned(sequences)
+    counts = characters(sequences, learned, lengths)
+    nats = [job.validation_nats(run.model, sequences).cpu() for run in runs]
+    each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
+    result = Row({"row": row}, [], sequences, learned, torch.stack(nats).mean(dim=0))
+    line = result.line
+    line["nats/char"], line["95% ±"] = H.per_character(result.nats, counts)
+    line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": over_seeds(each)}
+    first = first or result
+    if torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned):
+        line["difference"], line["difference ±"] = H.per_character(result.nats - first.nats, counts)
+    text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
+    line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
+    line["characters"] = int(characters(text, job.learned(text), lengths).sum())
+    line |= {"epochs": summary["tokens"] / text.numel(), "seconds": np.mean([run.summary["seconds"] for run in runs])}
+    line |= {"fingerprint": suite_mark(trials), "device": summary["device"], "commit": summary["commit"]}
+    result.curves.extend(run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials))
+    return result
+
+
+def _train(name: str, job: H.Job, **options) -> H.Run:
+    """Ctrl-C ends the suite: a table of half-trained rows would be taken for the whole one."""
+    run = H.train(name, job, **options)
+    if not run.summary["complete"]:
+        raise KeyboardInterrupt("no table is written; running the same again goes on")
+    return run
+
+
+def run_jobs(
+    results: H.Results,
+    name: str,
+    jobs: Jobs,
+    *,
+    compiled: bool = False,
+    only: str = "",
+    quiet: bool = False,
+    lengths: dict[str, Tensor] | None = None,
+) -> pd.DataFrame:
+    """Train every job (or load it); write tables/NAME.csv, a row for each entry of `jobs`, and tables/NAME_curves.csv.
+
+    Each row's seeds are averaged window by window; "95% ±" is over windows. Where there are several seeds, "lowest seed",
+    "highest seed" and "over seeds ±" (Student's t) say how far trainings differ. The difference to the first row is paired: the
+    same windows and masks.
+
+    Args:
+        results: where to write.
+        compiled: torch.compile the blocks of our Transformers.
+        only: rows that match this regular expression; nothing is written then.
+        lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
+
+    >>> import os, tempfile
+    >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
+    >>> job = H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(1, 2, evals=1), ids, ids)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)  # runs/ and checkpoints/ are made where Python runs
+    ...     table = run_jobs(H.Results(H.PRESETS["smoke"], "a text"), "demo", {"base": [job]}, quiet=True)
+    ...     os.chdir(here)
+    >>> table["row"].tolist(), table["steps"].tolist(), table["tokens"].tolist()
+    (['base'], [1], [16])
+    """
+    rows: list[Row] = []
+    for index, (row, trials) in enumerate(jobs.items()):
+        if re.search(only, row):
+            fast = compiled and issubclass(trials[0].architecture, H.Transformer)
+            runs = [_train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
+            rows.append(_row(row, trials, runs, (lengths or {}).get(row), rows[0] if rows else None))
+    table = pd.DataFrame([row.line for row in rows])
+    if only:
+        return table.round(4)
+    curves = pd.concat([curve for row in rows for curve in row.curves])
+    results.table(curves[["row", "seed", "step", "tokens", "seconds", "train_loss", "val_loss"]], f"{name}_curves")
+    return results.table(table, name)
+
+
+def suite_mark(trials: list[H.Job]) -> str:
+    """The fingerprints of a row's trainings, joined: what its numbers in a table were made by.
+
+    >>> ids = torch.arange(4, 10).repeat(10)
+    >>> job = H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8), H.TrainConfig(steps=2, batch_size=2), ids, ids)
+    >>> len(suite_mark([job, job]))  # twelve digits each
+    25
+    """
+    return "+".join(job.fingerprint() for job in trials)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype={"row": str, "fingerprint": str})
+    except (OSError, ValueError):  # none, or none that can be read
+        return pd.DataFrame()
+
+
+def experiment(
+    results: H.Results, name: str, full: Jobs, short: Jobs, lengths: dict[str, Tensor] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """NAME.csv and NAME_curves.csv if `full`'s trainings made them, else those of `short`, trained here.
+
+    Looked for where `results` writes and among the committed tables. `lengths` as in `run_jobs`.
+
+    >>> import os, tempfile
+    >>> ids, here, results = torch.arange(4, 10).repeat(20), os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
+    >>> job = H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(1, 2, evals=1), ids, ids)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)
+    ...     _ = run_jobs(results, "demo", {"full": [job]}, quiet=True)  # what the command line leaves behind
+    ...     table, curves = experiment(results, "demo", full={"full": [job]}, short={})
+    ...     os.chdir(here)
+    demo: the full suite, read from build/smoke/figures/tables/demo.csv
+    """
+    wanted = {row: suite_mark(trials) for row, trials in full.items()}
+    for tables in (results.tables, COMMITTED):
+        known, curves = (_read_table(tables / f"{file}.csv") for file in (name, f"{name}_curves"))
+        marks = dict(zip(known["row"], known["fingerprint"])) if {"row", "fingerprint"} <= set(known) else {}
+        if len(curves) and marks == wanted:
+            print(f"{name}: the full suite, read from {tables / name}.csv")
+            return known, curves
+    table = run_jobs(results, name, short, quiet=True, lengths=lengths)
+    return table, pd.read_csv(results.tables / f"{name}_curves.csv")
+
+
+class Suite(NamedTuple):
+    """A table that the command line can make.
+
+    >>> SUITES["recipe"].sizes["smoke"]  # of the short form and of the full one
+    (1, 2)
+    """
+
+    about: str
+    sizes: dict[str, tuple]  # by preset
+    jobs: Callable  # (preset, size, text, (vocab_size, train_ids, val_ids)) -> (Jobs, lengths by row or None)
+
+
+SUITES = {
+    "ablations": Suite(
+        "LLaDA with one thing changed at a time",
+        ablations.SIZES,
+        lambda preset, size, text, data: (ablations.ablation_jobs(preset, size, *data), None),
+    ),
+    "crossover": Suite(
+        "LLaDA against AR on little text, for many epochs",
+        crossover.SIZES,
+        lambda preset, size, text, data: (crossover.crossover_jobs(size, *data), None),
+    ),
+    "recipe": Suite(
+        "the MDLM tutorial's recipe beside ours",
+        recipe.SIZES,
+        lambda preset, size, text, data: (recipe.recipe_jobs(preset, size, *data), None),
+    ),
+    "vocabulary": Suite(
+        "characters against byte pairs, LLaDA and AR",
+        vocabulary.SIZES,
+        lambda preset, size, text, data: vocabulary.vocabulary_jobs(preset, size, text),
+    ),
+    "schedule": Suite(
+        "LLaDA with t = u^p, p from 1 to 2, three seeds",
+        schedule.SIZES,
+        lambda preset, size, text, data: (schedule.schedule_jobs(preset, size, *data), None),
+    ),
+    "schedule_full": Suite(
+        "t = u against ours, as long as the preset trains, two seeds",
+        {name: (schedule.SIZES[name][0], preset.llada) for name, preset in H.PRESETS.items()},
+        lambda preset, size, text, data: (schedule.schedule_jobs(preset, size, *data, (1, H.POWER), seeds=2), None),
+    ),
+}
+
+
+def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict[str, Tensor] | None]:
+    """The full and the short form of a suite, and its tokens' characters by row if they are not one each: for `experiment`.
+
+    >>> full, short, lengths = suite("recipe", H.PRESETS["smoke"], "to be, or not to be " * 20)
+    >>> full["ours"][0].train.steps, [form["MDLM tutorial's recipe"][0].train.steps for form in (full, short)], lengths
+    (200, [2, 1], None)
+    """
+    tokenizer = H.CharTokenizer.from_text(text)
+    data = (tokenizer.vocab_size, *H.split(tokenizer.encode(text)))
+    small, large = SUITES[name].sizes[preset.name]
+    (full, lengths), (short, _) = (SUITES[name].jobs(preset, size, text, data) for size in (large, small))
+    return full, short, lengths
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m beyond.experiments",
+        description="Train outside the notebooks, which then load the finished runs and tables. Training goes on where it was "
+        "interrupted. LLADA_DATA: a text file of your own; LLADA_RETRAIN=1: train from the start.",
+        epilog="Several processes or GPUs: accelerate launch -m beyond.experiments train ..., or torchrun --nproc-per-node 2 "
+        "-m beyond.experiments train ...; they share each batch.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    abouts = {"train": "train one model of a preset; runs/ and checkpoints/ get the result"}
+    abouts |= {name: f"{known.about}; tables/{name}.csv" for name, known in SUITES.items()}
+    for command, about in abouts.items():
+        aliases = ["ablate"] if command == "ablations" else []
+        options = commands.add_parser(command, help=about, description=about, aliases=aliases)
+        options.add_argument("--preset", choices=H.PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
+        if command == "train":
+            options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
+        else:
+            options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
+        options.set_defaults(command=command)  # an alias says the name
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: `python -m beyond.experiments train --preset cpu --model llada`; see --help.
+
+    >>> import contextlib, io
+    >>> with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+    ...     main(["train", "--help"])
+    >>> "--preset" in said.getvalue()
+    True
+    """
+    arguments = _parser().parse_args(arguments)
+    preset = H.PRESETS[arguments.preset] if arguments.preset else H.choose_preset()
+    text = H.load_text()
+    if arguments.command == "train":
+        tokenizer = H.CharTokenizer.from_text(text)
+        jobs = preset.jobs(tokenizer.vocab_size, *H.split(tokenizer.encode(text)))
+        job = jobs[{"llada": "LLaDA", "ar": "AR"}[arguments.model]]
+        run = H.train(f"{preset.name}-{arguments.model}", job, compiled=preset.compiled)
+        print(json.dumps({"run": str(run.path), **{key: run.summary[key] for key in ("best", "steps", "tokens", "seconds")}}))
+        return
+    jobs, _, lengths = suite(arguments.command, preset, text)
+    options = {"compiled": preset.compiled, "only": arguments.only, "lengths": lengths}
+    table = run_jobs(H.Results(preset, text), arguments.command, jobs, **options)
+    print(table.iloc[:, :8].to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

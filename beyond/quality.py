@@ -1,0 +1,72 @@
+"""How good and how varied are a decoder's texts, and what do they cost? One measure for all decoders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import llada_helpers as H
+from beyond.likelihood import low_noise_nelbo
+
+TEXTS = {"smoke": 16, "cpu": 48, "cpu_long": 48, "gpu": 128}  # per decoder, a multiple of H.GROUPS
+PREFIX = 16  # characters of real text to go on from
+
+
+def prompts(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` real windows [count, L] from all over a text, and templates that keep their first PREFIX characters.
+
+    >>> truth, template = prompts(torch.arange(4, 104).view(5, 20), 2)
+    >>> (template == H.MASK_ID).sum(dim=1).tolist(), truth[:, 0].tolist()
+    ([4, 4], [4, 64])
+    """
+    truth = windows[torch.linspace(0, max(0, len(windows) - 2), count).long()]
+    template = truth.clone()
+    template[:, PREFIX:] = H.MASK_ID
+    return truth, template
+
+
+class Measure:
+    """Scores of continuations, with 95% intervals over H.GROUPS groups of texts.
+
+    "judge nats/char" is under an n-gram model of the training text, "nats/char under AR" and "under LLaDA" (a bound) under the
+    contestants; the others are those of `llada_helpers.text_metrics`.
+
+    >>> text = "to be or not to be " * 20
+    >>> tokenizer = H.CharTokenizer.from_text(text)
+    >>> shape = {"vocab_size": tokenizer.vocab_size, "seq_len": 38, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    >>> models = {name: H.Transformer(H.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
+    >>> scores = Measure(models, tokenizer, text)(H.windows(tokenizer.encode(text), 38)[:8])
+    >>> [round(float(scores[x]), 3) for x in ("known words", "nats/char under AR")]  # AR, fresh, is blank: ln 11
+    [1.0, 2.398]
+    """
+
+    def __init__(self, models: dict, tokenizer: H.CharTokenizer, train_text: str):
+        self.models, self.tokenizer, self.judge = models, tokenizer, H.ngram_judge(train_text)
+        self.copies = H.copy_index(train_text)
+        self.words = {word.lower() for word in H.WORD.findall(train_text)}
+
+    def __call__(self, sequences: Tensor) -> dict[str, float]:
+        """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
+        free = (torch.arange(sequences.shape[1], device=sequences.device) >= PREFIX).expand_as(sequences)
+        options = {"n_samples": 4, "maskable": free, "generator": torch.Generator().manual_seed(0)}
+        nats = {"AR": H.ar_nll(self.models["AR"], sequences, H.START_ID, counted=free)}
+        nats["LLaDA"] = low_noise_nelbo(self.models["LLaDA"], sequences, H.MASK_ID, **options)
+        scores, length = [], sequences.shape[1] - PREFIX
+        for group in torch.arange(len(sequences)).chunk(H.GROUPS):
+            whole = [self.tokenizer.decode(ids) for ids in sequences[group]]
+            scores.append({"judge nats/char": np.mean([self.judge(text, PREFIX) for text in whole])})
+            scores[-1] |= H.text_metrics([text[PREFIX:] for text in whole], self.copies, self.words)
+            scores[-1] |= {f"nats/char under {name}": x[group].mean().item() / length for name, x in nats.items()}
+        return H.grouped(scores)
+
+    def trial(self, write: Callable[[], H.Generation]) -> dict[str, float]:
+        """Let `write` make all texts: the mean passes per text, tokens per second, and the scores."""
+        started = time.perf_counter()
+        made = write()
+        seconds = time.perf_counter() - started
+        passes = (made.order.max(dim=1).values + 1).float().mean().item()
+        return {"passes": passes, "tokens/s": round((made.order >= 0).sum().item() / seconds), **self(made.ids)}
