@@ -168,7 +168,8 @@ class CharTokenizer:
         try:
             made = json.loads(text)
             names, characters = made["special_tokens"], made["characters"]
-            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not all(isinstance(c, str) for c in characters):
+            strings = isinstance(characters, (str, list)) and all(isinstance(c, str) for c in characters)
+            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not strings:
                 raise TypeError(f"special_tokens={names}, characters={characters}")
             return cls(characters, tuple(names[len(SPECIAL_TOKENS) :]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -273,7 +274,7 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of all positions, [n_layer, B, H, seq_len, D]: exact if causal; LLaDA's would change with later characters."""
+    """Keys and values of all positions, [n_layer, B, H, seq_len, D]: exact if causal; LLaDA's change with later characters."""
     def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
         shape = (config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
@@ -658,7 +659,7 @@ def _check_job(job: Job, processes: int) -> None:
     config = job.train
     sizes = (config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation)
     if min(job.train_ids.numel(), job.val_ids.numel(), *sizes) < 1:
-        raise ValueError(f"{job.train_ids.numel()} + {job.val_ids.numel()} ids, {config}: pass at least one of everything counted")
+        raise ValueError(f"{job.train_ids.numel()} + {job.val_ids.numel()} ids, {config}: pass at least one of each")
     if config.batch_size % (processes * config.accumulation):
         shares = f"{processes} processes x {config.accumulation} micro-batches"
         raise ValueError(f"batch_size={config.batch_size}: pass a multiple of {shares}")
@@ -846,7 +847,7 @@ class Generation:
     confidence: Tensor | None = None  # FloatTensor[B, L], the token's probability when it was committed; 1 where given
 
     def __post_init__(self):
-        self.confidence = torch.ones(self.ids.shape) if self.confidence is None else self.confidence
+        self.confidence = torch.ones_like(self.ids, dtype=torch.float) if self.confidence is None else self.confidence
 
     def state_after(self, step: int, mask_id: int = MASK_ID) -> Tensor:
         """LongTensor[B, L]: the sequences after `step`; step -1 is the template."""
@@ -906,7 +907,7 @@ Strategy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def highest(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     """BoolTensor[B, L]: in each row the `count` [B] masked positions of the highest score [B, L]."""
-    ranked = score.masked_fill(~masked, -math.inf).topk(int(count.max()), dim=1).indices
+    ranked = score.double().masked_fill(~masked, -math.inf).topk(min(int(count.max()), score.shape[1]), dim=1).indices
     first = torch.arange(ranked.shape[1], device=ranked.device) < count[:, None]
     return torch.zeros_like(masked).scatter(1, ranked, first) & masked
 
@@ -985,7 +986,7 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
     ids, order, nfe = template.clone(), torch.full_like(template, -1), 0
     confidence = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
     for block in range(n_blocks):
-        size = (block_of == block).sum(dim=1)
+        size, first = (block_of == block).sum(dim=1), max(block * per_block, int(order.max()) + 1)
         for step in itertools.count():
             masked = (block_of == block) & (ids == mask_id)  # [B, L]
             left = masked.sum(dim=1)
@@ -1007,7 +1008,7 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
                 raise ValueError("the strategy commits nothing where the schedule wants something; return a masked position")
             ids = torch.where(commit, tokens, ids)
             confidence = torch.where(commit, probs.gather(-1, tokens[..., None])[..., 0], confidence)
-            order[commit] = block * per_block + step
+            order[commit] = first + step
             nfe += 1
     return Generation(ids, order, nfe, confidence.float())
 

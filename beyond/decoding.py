@@ -30,7 +30,7 @@ def guided(model: MaskPredictor, given: Tensor | Callable[[Tensor], Tensor], w: 
     """The mask predictor with classifier-free guidance of strength w >= 0 (Eq. 16); w = 0 is the model itself.
 
     Each call makes one pass of twice the rows: the unconditional half sees [MASK] wherever `given` is true. What the
-    conditional half holds impossible (-inf) stays so.
+    conditional half holds impossible (-inf) stays so. Pass ids on the model's device: a caller cannot see where it is.
 
     Args:
         given: BoolTensor[B, L], or [1, L] for all rows alike, as the likelihoods need it, which repeat rows; or a function from

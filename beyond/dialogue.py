@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 GENTLY = {"muon_lr": 0.005, "adamw_lr": 1e-3}
 SIZES = {
     "smoke": Sizes(H.TrainConfig(20, 16, **GENTLY, evals=2, eval_windows=16), 8, 2, 4, 8),
-    "cpu": Sizes(H.TrainConfig(150, 32, **GENTLY, evals=3), 96, 30, 16, 48),
+    "cpu": Sizes(H.TrainConfig(150, 32, **GENTLY, evals=3), 96, 20, 16, 48),
     "gpu": Sizes(H.TrainConfig(400, 64, **GENTLY, evals=4), 256, 60, 64, 256),
 }
 SIZES["cpu_long"] = SIZES["cpu"]

@@ -1,7 +1,7 @@
 """Four other ways to draw the masks of the bound, to compare their noise with that of `likelihood.low_noise_nelbo`.
 
 Each is a function (model, rows LongTensor[W, n], mask_id, K, generator) -> FloatTensor[W], nats: an unbiased estimate of each
-row's NELBO from K forward passes, everything maskable.
+row's NELBO from K forward passes, everything maskable. The generator is one of the CPU, wherever the model is.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
 
 SIZES = {
     "smoke": Sizes(4, 3, (4, 16, 32), chain_windows=4, orders=4),
-    "cpu": Sizes(16, 20, (4, 16, 32), chain_windows=12, orders=16),
+    "cpu": Sizes(12, 16, (4, 16, 32), chain_windows=12, orders=12),
     "gpu": Sizes(32, 32, (4, 16, 128), chain_windows=32, orders=64),
 }
 SIZES["cpu_long"] = SIZES["cpu"]

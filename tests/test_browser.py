@@ -34,26 +34,31 @@ LACKING = [
     if not there
 ]
 
-VIEWER = """\
+FILMS = """\
 import torch
-import llada_helpers as h
+from IPython.display import display
+from ipywidgets import interact_manual
+import llada_helpers as H
 
-tokenizer = h.CharTokenizer.from_text("<b>abcdef & so on</b>\\n")
+tokenizer = H.CharTokenizer.from_text("<b>abcdef & so on</b>\\n")
 
 
-def generate(prompt, seed):
+def films(prompt, seed):
     "The prompt and its 16 followers from left to right, then the same backwards: nothing to train, easy to foretell."
     ids = tokenizer.encode((prompt + "<b>abcdef & so on</b>")[: len(prompt) + 16])[None]
     order = torch.arange(ids.shape[1])[None] - len(prompt)
     backwards = torch.where(order < 0, -1, order.max() - order)
-    return {
-        f"forwards {seed}": h.Generation(ids, order.clamp(min=-1), 16),
-        f"backwards {seed}": h.Generation(ids, backwards, 16),
-    }
+    confidence = torch.where(order < 0, 1, torch.tensor([0.9, 0.6, 0.4, 0.1]).repeat(9)[: ids.shape[1]])
+    orders = {"forwards": order.clamp(min=-1), "backwards": backwards}
+    made = {name: H.Generation(ids, order, 16, confidence) for name, order in orders.items()}
+    frames = {f"{name} {seed}": H.frames(one, tokenizer) for name, one in made.items()}
+    return frames | {"race": [a + b for a, b in zip(*frames.values())]}
 
 
-films = generate("", 0)
-viewer = h.DenoisingViewer({**films, "race": {"AR": films["forwards 0"], "LLaDA": films["backwards 0"]}}, tokenizer, generate)
+def view(prompt="", seed=0):
+    display(H.DenoisingViewer(films(prompt, seed)))
+
+
 """
 
 
@@ -124,7 +129,7 @@ def export(path: Path, *options: str) -> Path:
 @pytest.fixture(scope="module")
 def exported(everything_is_there, tmp_path_factory) -> Path:
     """A notebook with nothing but the viewer, executed and exported."""
-    return export(notebook(tmp_path_factory.mktemp("export") / "viewer.ipynb", VIEWER + "viewer"), "--execute")
+    return export(notebook(tmp_path_factory.mktemp("export") / "viewer.ipynb", FILMS + "view()"), "--execute")
 
 
 def shows(page, text: str) -> None:
@@ -136,7 +141,7 @@ def gets_to(page, passes: int, viewer: int = 0) -> None:
     """Wait until a viewer that plays shows so many forward passes, or more: a single frame may be gone too soon to be seen."""
     script = """([viewer, passes]) => {
         const shown = document.querySelectorAll('.llada-viewer')[viewer].querySelector('.llada').innerText;
-        return Number(/(\\d+) of \\d+ forward passes|pass (\\d+)/.exec(shown).slice(1).find(Boolean)) >= passes;
+        return Number(/pass (\\d+) of/.exec(shown)[1]) >= passes;
     }"""
     page.wait_for_function(script, arg=[viewer, passes])
 
@@ -148,11 +153,20 @@ def press(page, key: str, times: int = 1, viewer: int = 0) -> None:
         page.keyboard.press(key)
 
 
+CLEAR = "rgba(0, 0, 0, 0)"
+
+
+def backgrounds(page) -> list[str]:
+    """The color behind each doubtful character in sight."""
+    return page.evaluate("""() => Array.from(document.querySelectorAll('.llada s')).filter(e => e.checkVisibility())
+        .map(e => getComputedStyle(e).backgroundColor)""")
+
+
 def test_the_slider_moves_without_a_kernel(page, exported):
     page.goto(exported.as_uri())
-    shows(page, "step 0 · t = 1.00 · 0 of 16 characters revealed · 0 of 16 forward passes")
+    shows(page, "pass 0 of 16 · 0 of 16 characters · t = 1.00")
     press(page, "ArrowRight", 3)
-    shows(page, "step 3 · t = 0.81 · 3 of 16 characters revealed · 3 of 16 forward passes")
+    shows(page, "pass 3 of 16 · 3 of 16 characters · t = 0.81")
     text = page.locator(".llada:visible pre")
     assert text.inner_text() == "<b>" + "█" * 13, "the text, not bold text"
     assert text.locator("u").inner_text() == ">"
@@ -170,7 +184,7 @@ def test_the_slider_moves_without_a_kernel(page, exported):
 
 def test_play_runs_to_the_end_at_the_chosen_speed(page, exported):
     page.goto(exported.as_uri())
-    shows(page, "0 of 16 forward passes")
+    shows(page, "pass 0 of 16")
     speed, play = page.locator(".llada-viewer .noUi-handle").first, page.locator(".widget-play button:visible")
     speed.focus()
     page.keyboard.press("End")
@@ -180,63 +194,90 @@ def test_play_runs_to_the_end_at_the_chosen_speed(page, exported):
     assert page.evaluate("performance.now()") - started >= 2000, "a second per pass"
     speed.focus()
     page.keyboard.press("Home")
-    shows(page, " 16 of 16 forward passes")
+    shows(page, "pass 16 of 16")
     assert page.locator(".llada-pages .widget-readout:visible").inner_text() == "16"
     play.nth(1).click()
-    shows(page, " 0 of 16 forward passes")
+    shows(page, "pass 0 of 16")
 
 
 def test_play_pauses(page, exported):
     page.goto(exported.as_uri())
-    shows(page, "0 of 16 forward passes")
+    shows(page, "pass 0 of 16")
     page.locator(".widget-play button:visible").first.click()
     gets_to(page, 2)
     page.locator(".widget-play button:visible").first.click()
     before = page.locator(".llada:visible").inner_text()
     page.wait_for_timeout(600)
-    assert page.locator(".llada:visible").inner_text() == before and " 16 of 16 forward" not in before
+    assert page.locator(".llada:visible").inner_text() == before and "pass 16 of" not in before
 
 
 def test_the_choice_shows_another_generation_and_the_race(page, exported):
     page.goto(exported.as_uri())
-    shows(page, "0 of 16 forward passes")
+    shows(page, "pass 0 of 16")
     page.locator("select").select_option("backwards 0")
     press(page, "ArrowRight", 2)
-    shows(page, " 2 of 16 forward passes")
+    shows(page, "pass 2 of 16")
     assert page.locator(".llada:visible pre").inner_text() == "█" * 14 + " o"
     page.locator("select").select_option("race")
     press(page, "ArrowRight", 4)
     shows(page, "pass 4 of 16 · 4 of 16 characters")
     assert page.locator(".llada:visible pre").all_inner_texts() == ["<b>a" + "█" * 12, "█" * 12 + "so o".rjust(4)]
     page.locator("select").select_option("backwards 0")
-    shows(page, " 2 of 16 forward passes")
+    shows(page, "pass 2 of 16")
 
 
-def test_the_committed_notebook_exported_from_disk(page, tmp_path):
-    shutil.copy(ROOT / "EG_TakeHome_LLaDA.ipynb", tmp_path)
-    page.goto(export(tmp_path / "EG_TakeHome_LLaDA.ipynb").as_uri())
+def test_the_check_box_shades_doubtful_characters_without_a_kernel(page, exported):
+    """In one color, the deeper the more doubtful; what is sure is never shaded."""
+    page.goto(exported.as_uri())
+    shows(page, "pass 0 of 16")
+    press(page, "End")
+    shows(page, "pass 16 of 16")
+    assert backgrounds(page) == [CLEAR] * 11
+    page.locator(".llada-shade input").check()
+    shaded = backgrounds(page)
+    assert shaded == (shaded[:3] * 4)[:11], "as the confidence repeats itself: 0.9, and then 0.6, 0.4, 0.1"
+    colors = [re.fullmatch(r"rgba\((.*), ([\d.]+)\)", color).groups() for color in shaded[:3]]
+    assert len({color for color, _ in colors}) == 1 and 0 < float(colors[0][1]) < float(colors[1][1]) < float(colors[2][1])
+    page.locator(".llada-shade input").uncheck()
+    assert set(backgrounds(page)) == {CLEAR}
+
+
+MAIN, BEYOND = "EG_TakeHome_LLaDA.ipynb", "Beyond_the_Assignment.ipynb"
+
+
+@pytest.mark.parametrize("name", [MAIN, BEYOND])
+def test_the_committed_notebook_exported_from_disk(page, tmp_path, name):
+    """Every generation of every viewer runs to its end; two texts are never the same; the shade can be switched on."""
+    shutil.copy(ROOT / name, tmp_path)
+    page.goto(export(tmp_path / name).as_uri())
     shows(page, "t = 1.00")
     viewers = page.locator(".llada-viewer")
-    assert viewers.count() == 2, "the generations, and the race"
-    names = viewers.first.locator("select option").all_inner_texts()
-    assert len(names) >= 4
-    beginnings = set()
-    for name in names:
-        viewers.first.locator("select").select_option(name)
-        press(page, "End")
-        shows(page, "t = 0.00")
-        beginnings.add(viewers.first.locator(".llada:visible pre").inner_text())
-    assert len(beginnings) == len(names) and not any("█" in text for text in beginnings)
-    press(page, "ArrowRight", 5, viewer=1)
-    shows(page, "pass 5 of ")
-    viewers.nth(1).locator(".widget-play button:visible").first.click()
-    gets_to(page, 9, viewer=1)
+    assert viewers.count() >= 1
+    for i in range(viewers.count()):
+        viewer, written = viewers.nth(i), []
+        for film in viewer.locator("select option").all_inner_texts():
+            viewer.locator("select").select_option(film)
+            press(page, "End", viewer=i)
+            frame = viewer.locator(".llada:visible")
+            frame.filter(has_text="t = 0.00").first.wait_for()
+            assert all(text.count("t = 0.00") == 1 and "█" not in text for text in frame.all_inner_texts())
+            written.append(tuple(viewer.locator(".llada:visible pre").all_inner_texts()))
+        assert len(set(written)) == len(written) >= 1
+        sign = viewer.locator(".llada s:visible").first
+        color = "e => getComputedStyle(e).backgroundColor"
+        assert sign.evaluate(color) == CLEAR
+        viewer.locator(".llada-shade input").check()
+        assert sign.evaluate(color) != CLEAR
+    press(page, "Home")
+    viewers.first.locator(".widget-play button:visible").first.click()
+    gets_to(page, 3)
 
 
 @pytest.fixture
 def lab(tmp_path, everything_is_there):
     """The address of a JupyterLab server in a directory with one notebook."""
-    notebook(tmp_path / "viewer.ipynb", VIEWER + "viewer")
+    again = "interact_manual(view, prompt='', seed=1)"
+    notebook(tmp_path / "viewer.ipynb", FILMS + "view()", again)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0", "--IdentityProvider.token="]
     command += [f"--ServerApp.root_dir={tmp_path}", "--ServerApp.port_retries=0", "--LabApp.news_url="]
     with open(tmp_path / "lab.log", "w") as log:
@@ -253,27 +294,31 @@ def lab(tmp_path, everything_is_there):
 
 
 def test_jupyterlab_moves_the_slider_and_generates_again(page, lab):
+    """With a kernel, `interact_manual` asks for a prompt and a seed and shows another viewer, or what went wrong."""
     page.goto(lab + "lab/tree/viewer.ipynb")
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    shows(page, "0 of 16 forward passes")
+    shows(page, "pass 0 of 16")
     press(page, "ArrowRight", 3)
-    shows(page, " 3 of 16 forward passes")
+    shows(page, "pass 3 of 16")
     assert page.locator(".llada:visible pre").inner_text() == "<b>" + "█" * 13
-    page.locator("select:visible", has_text="race").select_option("race")
-    page.get_by_placeholder("a prompt of your own").fill("bad & ")
-    page.get_by_role("button", name="generate again").click()
-    page.locator("select:visible", has_text="forwards 1").wait_for()
-    shows(page, " 0 of 16 forward passes")
     press(page, "End")
-    shows(page, "t = 0.00")
-    assert page.locator(".llada:visible pre").inner_text() == "bad & <b>abcdef & so o"
-    page.locator("select:visible", has_text="backwards 1").select_option("backwards 1")
-    press(page, "ArrowRight", 1)
-    shows(page, " 1 of 16 forward passes")
-    assert page.locator(".llada:visible pre").inner_text() == "bad & " + "█" * 15 + "o"
-    page.get_by_placeholder("a prompt of your own").fill("<script>?")
-    page.get_by_role("button", name="generate again").click()
-    page.get_by_text("characters not in the vocabulary: ['?'").wait_for()
-    shows(page, " 1 of 16 forward passes")
+    shows(page, "pass 16 of 16")
+    assert set(backgrounds(page)) == {CLEAR}
+    page.locator(".llada-shade input").check()
+    assert CLEAR not in backgrounds(page)
+    prompt, again = page.locator(".widget-text input"), page.get_by_role("button", name="Run Interact")
+    prompt.fill("bad & ")
+    again.click()
+    page.locator("select:visible", has_text="forwards 1").wait_for()
+    press(page, "End", viewer=1)
+    second = page.locator(".llada-viewer").nth(1)
+    assert second.locator(".llada:visible pre").inner_text() == "bad & <b>abcdef & so o"
+    second.locator("select").select_option("backwards 1")
+    press(page, "ArrowRight", 1, viewer=1)
+    second.locator(".llada:visible", has_text="pass 1 of 16").wait_for()
+    assert second.locator(".llada:visible pre").inner_text() == "bad & " + "█" * 15 + "o"
+    prompt.fill("<script>?")
+    again.click()
+    page.get_by_text("characters not in the vocabulary: ['?'").first.wait_for()

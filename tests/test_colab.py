@@ -1,94 +1,76 @@
-"""The notebook's first cell, where nothing but the notebook exists: as in Colab, but with a repository on this disk."""
+"""The notebooks' first cell, where nothing but the notebook exists: as in Colab, but with a repository on this disk."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from notebooks import BEYOND, MAIN, ROOT, clone, finish, printed, sources, start
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOK = "EG_TakeHome_LLaDA.ipynb"
-CORPUS = "To be, or not to be\n" * 200
 FAKE_PIP = "import pathlib, sys\npathlib.Path('installed.txt').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+NOTEBOOKS = [MAIN, BEYOND]
 
 
-def first_cell() -> str:
-    return "".join(next(c for c in json.loads((ROOT / NOTEBOOK).read_text())["cells"] if c["cell_type"] == "code")["source"])
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    return clone(tmp_path_factory.mktemp("repository"))
 
 
 @pytest.fixture
-def empty(tmp_path) -> Path:
+def empty(tmp_path):
     """An empty runtime. A pip that only writes down what it is asked for stands in for the real one."""
-    directory = tmp_path / "runtime"
-    (directory / "pip").mkdir(parents=True)
-    (directory / "pip" / "__main__.py").write_text(FAKE_PIP)
-    (directory / "pip" / "__init__.py").write_text("")
-    (directory / "text.txt").write_text(CORPUS)
-    return directory
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__main__.py").write_text(FAKE_PIP)
+    (tmp_path / "text.txt").write_text("To be, or not to be\n" * 200)
+    return tmp_path
 
 
-def run(directory: Path, repository: str, *command: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLADA_", "PYTHONPATH"))}
-    environment |= {"LLADA_REPO_URL": repository, "LLADA_PRESET": "smoke", "LLADA_DATA": str(directory / "text.txt")}
-    return subprocess.run([sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_the_notebook_alone_fetches_its_helper(empty, repository):
-    """The first two code cells, in a kernel."""
-    notebook = json.loads((ROOT / NOTEBOOK).read_text())
-    notebook["cells"] = [c for c in notebook["cells"] if c["cell_type"] == "code"][:2]
+def run(directory, name, count, repository, code=""):
+    """The first `count` code cells, then `code`, in a kernel."""
+    notebook = json.loads((ROOT / name).read_text())
+    notebook["cells"] = [c for c in notebook["cells"] if c["cell_type"] == "code"][: count + 1]
+    notebook["cells"][count]["source"] = code
     notebook["metadata"].pop("widgets", None)
-    (empty / NOTEBOOK).write_text(json.dumps(notebook))
-    command = ["-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", NOTEBOOK]
-    done = run(empty, str(repository), *command)
-    assert done.returncode == 0, done.stderr[-3000:]
-    outputs = [c["outputs"] for c in json.loads((empty / NOTEBOOK).read_text())["cells"]]
-    first, second = ("".join("".join(o["text"]) for o in output) for output in outputs)
-    assert "device: " in first and "preset: smoke" in first
-    assert "text, 4,000 characters" in second
-    assert not (empty / "installed.txt").exists(), "nothing was missing"
-    for name in ("llada_helpers.py", "requirements.txt"):
-        assert (empty / name).read_bytes() == (ROOT / name).read_bytes()
+    (directory / name).write_text(json.dumps(notebook))
+    environment = {"LLADA_REPO_URL": str(repository), "LLADA_DATA": str(directory / "text.txt"), "PYTHONPATH": str(directory)}
+    return start(directory, name, **environment)
 
 
-def test_a_repository_that_cannot_be_reached_is_named(empty):
-    address = str(empty / "no-such-repository")
-    done = run(empty, address, "-c", first_cell())
-    assert done.returncode != 0
-    last = done.stderr.strip()
-    assert "RuntimeError: no llada_helpers.py here" in last and f"REPO_URL = {address!r}" in last
-    assert not (empty / "llada_helpers.py").exists()
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebook_alone_fetches_the_repository(empty, repository, name):
+    for _ in ("fresh", "kernel restarted, in the folder where the clone already lies"):
+        finish(run(empty, name, 2, repository, "print(H.load_text().count('To be, or not to be'))"))
+        assert "200" in printed(empty / name)
+    assert (empty / "llada" / "llada_helpers.py").read_bytes() == (ROOT / "llada_helpers.py").read_bytes()
+    installed = (empty / "llada" / "installed.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"install -?-q\w* -r requirements.txt", line) for line in installed)
 
 
-def test_a_helper_that_is_there_is_kept(empty):
-    own = b"import torch\ndef describe_machine():\n    return {'device': 'mine'}\nclass choose_preset:\n    name = 'own'\n"
-    (empty / "llada_helpers.py").write_bytes(own)
-    done = run(empty, "no-such-repository", "-c", first_cell())
-    assert done.returncode == 0 and "mine; preset: own" in done.stdout, done.stderr
-    assert (empty / "llada_helpers.py").read_bytes() == own and not (empty / "installed.txt").exists()
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_repository_that_cannot_be_reached_says_what_to_do(empty, name):
+    process = run(empty, name, 1, empty / "no-such-repository")
+    errors = process.communicate()[1]
+    assert process.returncode != 0
+    assert re.search(r"RuntimeError.*: .*llada_helpers\.py.*LLADA_REPO_URL", errors)
+    assert not (empty / "installed.txt").exists() and not (empty / "llada").exists()
 
 
-def test_only_what_is_missing_is_installed_and_torch_never(empty, repository):
-    requirements = "# a comment\ntorch>=99  # too old here, and yet kept\nnumpy\nno_such_package>=1.0  # why\npandas>=99\n\n"
-    (repository / "requirements.txt").write_text(requirements)
-    git = ["git", "-C", str(repository), "-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run([*git, "commit", "--quiet", "-am", "others"], check=True)
-    done = run(empty, str(repository), "-c", first_cell())
-    assert done.returncode == 0, done.stderr
-    installed = (empty / "installed.txt").read_text().splitlines()
-    assert installed == ["install --quiet no_such_package>=1.0", "install --quiet pandas>=99"]
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_is_there_is_kept(empty, name):
+    (empty / "llada_helpers.py").write_text("print('my own helper')")
+    (empty / "beyond").mkdir()
+    finish(run(empty, name, 1, "no-such-repository", "import llada_helpers"))
+    assert "my own helper" in printed(empty / name)
+    assert not (empty / "installed.txt").exists() and not (empty / "llada").exists()
 
 
-def test_the_cell_is_short_and_mounts_nothing():
-    source = first_cell()
-    assert source.count("\n") + 1 < 30 and max(map(len, source.splitlines())) <= 120
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_cell_is_short_and_mounts_nothing(name):
+    source = sources(ROOT / name, "code")[0]
+    assert source.count("\n") + 1 <= 8 and max(map(len, source.splitlines())) <= 100 and "PLACEHOLDER" in source
     assert "drive" not in source and "mount" not in source
 
 
 def test_the_badge_opens_the_notebook_of_the_same_repository():
-    (address,) = re.findall(r'LLADA_REPO_URL", "https://github.com/(.*?)"', first_cell())
-    badge = f"https://colab.research.google.com/github/{address}/blob/main/{NOTEBOOK}"
+    (address,) = re.findall(r'LLADA_REPO_URL", "https://github.com/(.*?)"', sources(ROOT / MAIN, "code")[0])
+    badge = f"https://colab.research.google.com/github/{address}/blob/main/{MAIN}"
     assert f"]({badge})" in (ROOT / "README.md").read_text()

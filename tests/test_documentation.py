@@ -1,12 +1,14 @@
-"""What readers copy: the manual page, the examples in docstrings, and every command and snippet of README."""
+"""What readers copy: the manual pages, the examples in docstrings, and every command and snippet of README."""
 
 import argparse
 import contextlib
 import doctest
+import importlib
 import importlib.util
 import inspect
 import io
 import itertools
+import json
 import os
 import pydoc
 import re
@@ -17,8 +19,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import notebooks
 import pytest
-import test_notebook
 from accelerate.commands.launch import launch_command_parser
 from nbconvert.nbconvertapp import NbConvertApp
 from packaging.requirements import Requirement
@@ -30,57 +32,79 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+ROOMS = sorted(path.stem for path in (ROOT / "beyond").glob("*.py") if path.stem != "__init__")
+MODULES = {"llada_helpers": h} | {f"beyond.{room}": importlib.import_module(f"beyond.{room}") for room in ROOMS}
+
+
 # --- docstrings ---
 
 
-def public() -> dict:
-    """Functions and classes that the helper defines itself."""
-    things = {name: thing for name, thing in vars(h).items() if inspect.isroutine(thing) or inspect.isclass(thing)}
-    return {name: thing for name, thing in things.items() if not name.startswith("_") and thing.__module__ == h.__name__}
+def public(module) -> dict:
+    """Functions and classes that the module defines itself."""
+    things = {name: thing for name, thing in vars(module).items() if inspect.isroutine(thing) or inspect.isclass(thing)}
+    return {name: thing for name, thing in things.items() if not name.startswith("_") and thing.__module__ == module.__name__}
 
 
-def test_the_list_of_public_names_is_not_empty():
-    assert len(public()) > 50 and {"train", "nelbo", "CharTokenizer", "reverse_process"} <= set(public())
+def test_the_lists_of_public_names_are_not_empty():
+    assert len(public(h)) > 40 and {"train", *CONTRACT} <= set(public(h))
+    assert all(public(module) for module in MODULES.values())
 
 
-@pytest.mark.parametrize("name", sorted(public()))
-def test_public_name_has_a_summary_and_a_runnable_example(name):
-    thing = public()[name]
+def examples(module, name: str) -> list[doctest.Example]:
+    found = doctest.DocTestFinder(recurse=False).find(public(MODULES[module])[name], name, module=MODULES[module])
+    return [example for test in found for example in test.examples]
+
+
+NAMES = [(module, name) for module in MODULES for name in sorted(public(MODULES[module]))]
+TESTED = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+CONTRACT = {"CharTokenizer", "forward_process", "llada_loss", "reverse_process", "generate_ar", "nelbo"}
+
+
+@pytest.mark.parametrize("module, name", NAMES)
+def test_public_name_has_a_summary_and_its_example_is_of_it(module, name):
+    thing, shown = public(MODULES[module])[name], examples(module, name)
     text = inspect.cleandoc(vars(thing).get("__doc__") or "") if inspect.isclass(thing) else inspect.getdoc(thing) or ""
     summary = text.partition("\n\n")[0]
     assert summary and not summary.startswith((f"{name}(", ">>>")), "a summary in words comes first"
-    found = [t for t in doctest.DocTestFinder(recurse=False).find(thing, name, module=h) if t.examples]
-    assert found, "no example"
-    assert name.lower() in "".join(e.source for e in found[0].examples).lower(), "the example shows something else"
-    assert any(e.want for e in found[0].examples), "an example without an output says nothing"
-    assert not any(e.options.get(doctest.SKIP) for e in found[0].examples)
+    if shown:
+        assert name.lower() in "".join(e.source for e in shown).lower(), "the example shows something else"
+        assert any(e.want for e in shown), "an example without an output says nothing"
+        assert not any(e.options.get(doctest.SKIP) for e in shown)
 
 
-def test_examples_hold_in_any_directory_and_shell_and_leave_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", MODULES)
+def test_what_a_reader_copies_has_an_example(module):
+    """In the helper what every sketch of LLaDA begins with, in a room every function, but for what only makes sense in a test."""
+    functions = {name for name, thing in public(MODULES[module]).items() if inspect.isroutine(thing)}
+    wanted = CONTRACT if module == "llada_helpers" else functions
+    assert [n for n in wanted if not examples(module, n) and (n in CONTRACT or not re.search(rf"\b{n}\b", TESTED))] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_hold_in_any_directory_and_shell_and_leave_nothing_behind(module, tmp_path, monkeypatch):
     for name, value in {"LLADA_DATA": "missing.txt", "LLADA_PRESET": "none", "LLADA_RETRAIN": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     said = io.StringIO()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        for test in doctest.DocTestFinder().find(h):
+        for test in doctest.DocTestFinder().find(MODULES[module]):
             doctest.DocTestRunner(verbose=False).run(test, out=said.write)
     assert said.getvalue() == ""
     assert Path.cwd() == tmp_path and list(tmp_path.iterdir()) == []
 
 
+def test_every_room_is_named_at_the_door():
+    """help(beyond) lists them, each with what it holds."""
+    listed = re.findall(r"^    (\w+) +\S", importlib.import_module("beyond").__doc__, flags=re.M)
+    assert sorted(listed) == ROOMS
+
+
 def test_help_begins_like_a_manual_page():
-    page = pydoc.plain(pydoc.render_doc(h))
-    start = page[: page.index("\nCLASSES\n")]
+    start = pydoc.plain(pydoc.render_doc(h)).partition("\nCLASSES\n")[0]
     assert re.search(r"\nNAME\n    llada_helpers - LLaDA, .*\.\n\nDESCRIPTION\n", start)
-    source = inspect.getsource(h)
-    headings = re.findall(r"^# (\d+)\. ([^:\n]*)", source, flags=re.M)
-    listed = re.findall(r"^ +(\d+)\. (.*?)  +(.*)$", start, flags=re.M)
-    assert [(number, title.split(":")[0]) for number, title, _ in listed] == headings
-    bounds = [source.index(f"\n# {number}. ") for number, _ in headings] + [len(source)]
-    for (number, _, names), begin, end in zip(listed, bounds, bounds[1:]):
-        for name in re.findall(r"\w+", names.partition(";")[0]):
-            assert re.search(rf"^(def |class )?{name}\b", source[begin:end], flags=re.M), f"section {number} has no {name}"
+    numbers = re.findall(r"^# (\d+)\. \w", inspect.getsource(h), flags=re.M)
+    assert numbers == [str(i + 1) for i in range(10)]
 
 
 # --- README ---
@@ -114,13 +138,17 @@ def parse_only(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
 
 
-def check_script(script: str, arguments: list[str], monkeypatch) -> None:
-    assert (ROOT / script).exists(), script
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = h if script == "llada_helpers.py" else importlib.util.module_from_spec(spec)
-    if module is not h:
+def check_script(words: list[str], monkeypatch) -> None:
+    """`script.py ...` or `-m module ...`: it is there, and understands its arguments."""
+    name, *arguments = words[1:] if words[0] == "-m" else words
+    if words[0] == "-m":
+        module = importlib.import_module(name)
+    else:
+        assert (ROOT / name).exists(), name
+        spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(Parsed):
         module.main()
 
@@ -129,15 +157,14 @@ def check_script(script: str, arguments: list[str], monkeypatch) -> None:
 def test_command_is_understood(words, parse_only, monkeypatch):
     program, *arguments = words
     if program == "python":
-        check_script(arguments[0], arguments[1:], monkeypatch)
+        check_script(arguments, monkeypatch)
     elif program in ("torchrun", "accelerate"):
         launcher = get_args_parser() if program == "torchrun" else launch_command_parser()
         rest = arguments[1:] if program == "accelerate" else arguments
         assert program == "torchrun" or arguments[0] == "launch"
         with pytest.raises(Parsed):
             launcher.parse_args(rest)
-        at = next(i for i, word in enumerate(rest) if word.endswith(".py"))
-        check_script(rest[at], rest[at + 1 :], monkeypatch)
+        check_script(rest[rest.index("-m") :], monkeypatch)
     elif program == "pip":
         assert arguments[0] == "install"
         files = [word for previous, word in itertools.pairwise(arguments) if previous == "-r"]
@@ -169,17 +196,36 @@ def test_python_snippet_runs(code, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_everything_is_what_the_tests_run(tmp_path, monkeypatch):
-    ran = []
+def test_run_everything_is_one_line_and_what_the_tests_run():
+    first = blocks("bash")[0].splitlines()
+    assert len(first) == 1 and first[0].startswith("pip install ")
+    executed = [words for words in commands() if words[:2] == ["jupyter", "nbconvert"] and "--execute" in words]
+    assert [words[-1] for words in executed] == [notebooks.MAIN, notebooks.BEYOND]
+    for words in executed:
+        assert ", ".join(map(json.dumps, words[:-1])) in inspect.getsource(notebooks.start)
 
-    def record(command, **_):
-        ran.append(command)
-        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(test_notebook.subprocess, "run", record)
-    test_notebook.execute(tmp_path, data=None)
-    (notebook,) = [words for words in commands() if words[:2] == ["jupyter", "nbconvert"] and "--execute" in words]
-    assert ran == [[sys.executable, "-m", *notebook]]
+def test_the_version_of_torch_is_the_one_tried():
+    (tried,) = re.findall(r"^torch>=.*tried with (\S+)", (ROOT / "requirements.txt").read_text(), flags=re.M)
+    assert set(re.findall(r"torch==(\S+)", README)) == {tried}
+
+
+def test_requirements_are_what_is_imported_and_the_report_is_not_among_them():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    named = {Requirement(line.split("#")[0]).name for line in lines if line[0] != "#"}
+    code = [inspect.getsource(module) for module in MODULES.values()]
+    code += [cell for name in (notebooks.MAIN, notebooks.BEYOND) for cell in notebooks.sources(ROOT / name, "code")]
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)", "\n".join(code), flags=re.M))
+    imported |= {"tensorboard"} if "torch.utils.tensorboard" in code[0] else set()
+    assert named - {"jupyter"} <= imported and not named & {"pypandoc", "pypandoc_binary", "typst"}
+    brought = {"llada_helpers", "beyond", "PIL", "pypandoc", "typst", "IPython"}  # ours, the report's, matplotlib's, jupyter's
+    assert imported - set(sys.stdlib_module_names) <= named | brought
+
+
+def test_installed_are_the_helper_and_the_rooms():
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert 'py-modules = ["llada_helpers"]' in settings and 'packages = ["beyond"]' in settings
+    assert not [path for path in (ROOT / "beyond").rglob("*.py") if path.parent.name != "beyond"]
 
 
 def test_run_the_tests_is_what_ci_runs():
@@ -207,4 +253,4 @@ def test_map_of_the_house_is_true():
     assert len(paths) > 5
     assert [path for path in paths if not (ROOT / path).exists() and path not in ignored] == []
     here = {name for name in os.listdir(ROOT) if name.endswith((".py", ".md", ".ipynb", ".pdf"))} - {"README.md"}
-    assert here <= set(paths), "a file that the map does not show"
+    assert {*here, "beyond/"} <= set(paths), "a file that the map does not show"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracle import MASK, PAD, START, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, within
+from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, within
 
 import llada_helpers as h
 
@@ -49,7 +49,7 @@ def test_enumeration_of_the_exact_predictor_is_log_p():
 
 
 def test_every_row_of_a_batch_is_unbiased():
-    """Rows share one random shift; each must still be unbiased by itself, at any place in the batch."""
+    """Rows share the strata; each must still be unbiased by itself, at any place in the batch."""
     rows = EXACT.sequences[[0, 4, 13, 22, 26]]
     runs = torch.stack([h.nelbo(WRONG, rows, MASK, n_samples=2, generator=seeded(s)) for s in range(800)])
     for i, row in enumerate(rows):
@@ -123,13 +123,64 @@ def test_number_masked_covers_a_batch_evenly():
         assert counts[1:].min() >= 3 and counts[1:].max() <= 5
 
 
+def numbers_masked(rows, runs, n_samples=1, length=60):
+    """LongTensor[runs, n_samples, rows], how many of so many tokens each mask of each row hides, from as many calls of nelbo."""
+    seen, sequences = [], torch.full((rows, length), 4)
+
+    def blank(ids):
+        seen.append((ids == MASK).sum(dim=1))
+        return torch.zeros(*ids.shape, 8)
+
+    for s in range(runs):
+        h.nelbo(blank, sequences, MASK, n_samples=n_samples, generator=seeded(s))
+    return torch.cat(seen).view(runs, n_samples, rows)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2])
+def test_a_rows_masks_do_not_depend_on_its_place(n_samples):
+    """The n of each row is uniform; the rows share a stratum in every order alike, and its other strata in another order."""
+    numbers = numbers_masked(3, 1500, n_samples)
+    for row in range(3):
+        for k in range(n_samples):
+            tenths = (numbers[:, k, row] - 1) * n_samples // 6 - 10 * k
+            assert ChiSquare.of(torch.bincount(tenths, minlength=10), torch.full((10,), 0.1)).fits
+    order = (numbers.argsort(dim=-1) * torch.tensor([9, 3, 1])).sum(dim=-1)
+    orders, found = order.unique(return_inverse=True)
+    assert len(orders) == 6
+    joint = (found * 6 ** torch.arange(n_samples)).sum(dim=1)
+    assert ChiSquare.of(torch.bincount(joint, minlength=6**n_samples), torch.full((6**n_samples,), 6.0**-n_samples)).fits
+
+
+def test_neighbours_are_not_tied():
+    """The next row may have any of the other shares of the stratum, not always the one above."""
+    numbers = numbers_masked(6, 1000)[:, 0]
+    apart = ((numbers[:, 1:] - numbers[:, :-1]) % 60).flatten()
+    assert set(apart.tolist()) <= {10, 20, 30, 40, 50}
+    assert ChiSquare.of(torch.bincount(apart // 10, minlength=6)[1:], torch.full((5,), 0.2)).fits
+
+
+@pytest.mark.parametrize("n_samples", [1, 3, 8])
+def test_what_costs_the_same_everywhere_is_known_without_noise(n_samples):
+    """All 8 tokens equally likely: n ln 8, whichever n tokens count."""
+    maskable = torch.tensor([[True] * 5, [True, False, True, False, False], [False] * 5])
+    values = h.nelbo(lambda ids: torch.zeros(*ids.shape, 8), torch.full((3, 5), 4), MASK, n_samples=n_samples, maskable=maskable)
+    assert values.tolist() == pytest.approx([5 * math.log(8), 2 * math.log(8), 0], rel=1e-6)
+
+
 def test_stratified_samples_have_less_noise_than_independent_ones():
-    """Equal forward passes: n_samples = n in one call against n calls of one sample."""
+    """Equal forward passes: n_samples = n in one call against n calls of one sample, of a predictor that is the surer the more it
+    sees, as all that have learned something are."""
     sequence = LONG.sequences[6]
-    stratified = estimates(WRONG_LONG, sequence, 300, n_samples=4).double()
-    independent = estimates(WRONG_LONG, sequence, 1200).double().view(300, 4).mean(dim=1)
-    assert float(stratified.var()) < 0.8 * float(independent.var())
+
+    def predict(ids):
+        seen = (ids != MASK).double().mean(dim=1)[:, None, None]
+        return WRONG_LONG(ids) / 4 + 4 * seen * torch.nn.functional.one_hot(sequence, LONG.vocab_size)
+
+    stratified = estimates(predict, sequence, 300, n_samples=4).double()
+    independent = estimates(predict, sequence, 1200).double().view(300, 4).mean(dim=1)
+    assert float(stratified.var()) < 0.4 * float(independent.var())
     assert abs(float(stratified.mean() - independent.mean())) < 4 * math.sqrt(float(stratified.var() + independent.var()) / 300)
+    assert within(stratified, enumerated_nelbo(predict, sequence, torch.ones(4, dtype=torch.bool)))
 
 
 def test_shape_and_reproducibility():
@@ -151,21 +202,29 @@ def test_what_the_model_holds_impossible_costs_infinity_not_nan():
     assert values[0] == math.inf and values[1].isfinite()
 
 
-def test_passes_of_a_few_rows_give_the_same_numbers(monkeypatch):
-    rows = EXACT.sequences
-    ar = ExactAR(EXACT)
-    whole = h.nelbo(WRONG, rows, MASK, n_samples=3, cfg_scale=0.5, generator=seeded(1)), h.ar_nll(ar, rows, START)
-    sizes = []
+def test_many_rows_are_passed_a_part_at_a_time():
+    """At most 2^14 tokens a pass, and the numbers that each row has by itself."""
+    rows, sizes = EXACT.sequences.repeat(450, 1), []
+    mask = torch.rand(rows.shape, generator=seeded(0)) < 0.5
 
     def counted(ids):
         sizes.append(len(ids))
         return WRONG(ids)
 
-    monkeypatch.setattr(h, "_TOKENS_PER_PASS", 12)
-    parts = h.nelbo(counted, rows, MASK, n_samples=3, cfg_scale=0.5, generator=seeded(1)), h.ar_nll(ar, rows, START)
-    assert max(sizes) <= 8, "four rows of three tokens, twice for the guidance"
-    for a, b in zip(whole, parts):
-        assert torch.allclose(a, b, atol=1e-6)
+    values = h.masked_nll(counted, rows, mask, MASK)
+    logp = WRONG(rows.masked_fill(mask, MASK)).log_softmax(-1).gather(-1, rows[..., None])[..., 0]
+    assert torch.allclose(values, -logp * mask, atol=1e-6)
+    assert sum(sizes) == len(rows) > max(sizes) and 3 * max(sizes) <= 2**14
+    sizes.clear()
+    h.nelbo(counted, rows[:5], MASK, n_samples=2000)
+    assert sum(sizes) == 10_000 and 3 * max(sizes) <= 2**14
+    assert torch.allclose(h.ar_nll(ExactAR(EXACT), rows, START).double(), -EXACT.logp.repeat(450), atol=1e-5)
+
+
+def test_a_row_longer_than_a_pass_is_a_pass():
+    rows = torch.full((2, 2**14 + 1), 4)
+    values = h.ar_nll(lambda ids: torch.zeros(*ids.shape, 8), rows, START)
+    assert values.tolist() == pytest.approx([(2**14 + 1) * math.log(8)] * 2, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -182,43 +241,6 @@ def test_nelbo_errors(options):
     options = {"sequences": torch.tensor([[4, 5, 6]]), **options}
     with pytest.raises(ValueError, match="pass"):
         h.nelbo(WRONG, options.pop("sequences"), MASK, **options)
-
-
-# --- one token at a time, in random orders ---
-
-
-def test_every_order_of_the_exact_predictor_gives_log_p():
-    values = h.any_order_nll(EXACT, EXACT.sequences, MASK, n_orders=8, generator=seeded(0))
-    assert values.shape == (8, len(EXACT.sequences))
-    assert torch.allclose(values.double(), -EXACT.logp.expand(8, -1), atol=1e-4)
-
-
-@pytest.mark.parametrize("maskable", [[True, True, True], [False, True, True], [True, False, False]])
-def test_mean_over_orders_is_the_bound(maskable):
-    """Eq. 15, for a wrong predictor: the chain and the masks have one expectation; each order's value is one of n! chains."""
-    sequence, maskable = EXACT.sequences[22], torch.tensor(maskable)
-    values = h.any_order_nll(WRONG, sequence[None], MASK, n_orders=3000, maskable=maskable[None], generator=seeded(1))[:, 0]
-    assert within(values, enumerated_nelbo(WRONG, sequence, maskable))
-    chains = []
-    for order in itertools.permutations(maskable.nonzero()[:, 0].tolist()):
-        row, chain = sequence.masked_fill(maskable, MASK), 0.0
-        for i in order:
-            chain -= float(WRONG(row[None])[0, i].log_softmax(-1)[sequence[i]])
-            row[i] = sequence[i]
-        chains.append(chain)
-    assert sorted({round(float(v), 3) for v in values}) == pytest.approx(sorted({round(c, 3) for c in chains}), abs=2e-3)
-
-
-def test_rows_with_fewer_tokens_stop_early():
-    rows = torch.tensor([[4, 5, 6], [6, PAD, PAD], [PAD, PAD, PAD]])
-    values = h.any_order_nll(WRONG, rows, MASK, n_orders=4, maskable=rows != PAD, generator=seeded(2))
-    one = -float(WRONG(torch.tensor([[MASK, PAD, PAD]]))[0, 0].log_softmax(-1)[6])
-    assert values[:, 1].tolist() == pytest.approx([one] * 4, abs=1e-5) and (values[:, 2] == 0).all()
-
-
-def test_any_order_needs_an_order():
-    with pytest.raises(ValueError, match="pass"):
-        h.any_order_nll(WRONG, EXACT.sequences, MASK, n_orders=0)
 
 
 # --- exact, left to right ---
@@ -250,183 +272,23 @@ def test_ar_nll_of_a_row_does_not_depend_on_its_padding():
     assert float(h.ar_nll(model, rows, START).sum()) / 9 == pytest.approx(mean, abs=1e-5)
 
 
-# --- conditional ---
+@pytest.mark.parametrize("counted", [[True, True, True], [False, True, True], [True, False, False], [False] * 3])
+def test_ar_nll_of_some_tokens_is_given_all_before_them(counted):
+    counted = torch.tensor(counted)
+    values = h.ar_nll(ExactAR(EXACT), EXACT.sequences, START, counted=counted.expand(len(EXACT.sequences), -1))
+    for sequence, value in zip(EXACT.sequences, values):
+        known = [EXACT.log_prob(torch.cat((sequence[:k], torch.full((3 - k,), MASK)))[None]) for k in range(4)]
+        expected = sum(float(known[k] - known[k + 1]) for k in range(3) if counted[k])
+        assert float(value) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("split", [1, 2])
-def test_log_likelihood_finds_the_true_conditional(split):
-    sequence = LONG.sequences[9]
-    prompt = torch.full((4,), MASK)
-    prompt[:split] = sequence[:split]
-    expected = float(LONG.logp[9] - LONG.log_prob(prompt[None]))
-    values = [
-        h.log_likelihood(LONG, sequence[:split], sequence[split:], MASK, n_samples=3, generator=seeded(s)) for s in range(400)
-    ]
-    assert within(values, expected)
-    assert max(values) <= 0 and isinstance(values[0], float)
+def test_counted_must_fit():
+    for counted in (torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 3)):
+        with pytest.raises(ValueError, match="pass bool"):
+            h.ar_nll(ExactAR(EXACT), EXACT.sequences[:1], START, counted=counted)
 
 
-def test_log_likelihood_of_one_token_is_exact_with_one_pass():
-    sequence = EXACT.sequences[20]
-    prompt = torch.tensor([[*sequence[:2].tolist(), MASK]])
-    expected = float(EXACT.logp[20] - EXACT.log_prob(prompt))
-    assert h.log_likelihood(EXACT, sequence[:2], sequence[2:], MASK, n_samples=1) == pytest.approx(expected, abs=1e-5)
-
-
-def test_log_likelihood_without_a_prompt():
-    empty = torch.empty(0, dtype=torch.long)
-    values = [h.log_likelihood(EXACT, empty, EXACT.sequences[8], MASK, n_samples=3, generator=seeded(s)) for s in range(400)]
-    assert within(values, float(EXACT.logp[8]))
-
-
-@pytest.mark.parametrize("cfg_scale", [0.5, 2.0])
-def test_guided_log_likelihood_is_the_enumerated_one(cfg_scale):
-    """Eq. 16: the unconditional pass hides the prompt and leaves the visible part of the response."""
-    prompt, response = torch.tensor([6]), torch.tensor([4, 5])
-
-    def guided(ids):
-        blind = ids.clone()
-        blind[:, 0] = MASK
-        conditional, unconditional = WRONG(ids), WRONG(blind)
-        return unconditional + (cfg_scale + 1) * (conditional - unconditional)
-
-    expected = -enumerated_nelbo(guided, torch.cat((prompt, response)), torch.tensor([False, True, True]))
-    options = {"n_samples": 100, "cfg_scale": cfg_scale}  # enough to tell it from hiding the response as well
-    values = [h.log_likelihood(WRONG, prompt, response, MASK, generator=seeded(s), **options) for s in range(400)]
-    assert within(values, expected)
-    assert not within(values, -enumerated_nelbo(WRONG, torch.cat((prompt, response)), torch.tensor([False, True, True])))
-
-
-def test_guidance_on_the_exact_predictor_stays_finite():
-    value = h.log_likelihood(
-        EXACT, torch.tensor([4]), torch.tensor([5, 6]), MASK, n_samples=8, cfg_scale=1.0, generator=seeded(0)
-    )
-    assert math.isfinite(value) and value <= 0
-
-
-@pytest.mark.parametrize("first", [4, 5, 6])
-def test_choose_takes_the_likeliest(first):
-    """All nine continuations of a first token; the scores are near their true conditionals."""
-    fits = EXACT.sequences[:, 0] == first
-    options = list(EXACT.sequences[fits][:, 1:])
-    truth = EXACT.logp[fits] - EXACT.logp[fits].logsumexp(0)
-    index, scores = h.choose(EXACT, torch.tensor([first]), options, MASK, n_samples=600, generator=seeded(1))
-    assert index == int(truth.argmax()) == max(range(9), key=lambda i: scores[i])
-    assert isinstance(index, int) and len(scores) == 9 and max(scores) <= 0
-    assert torch.allclose(torch.tensor(scores).double(), truth, atol=0.15)
-
-
-def test_choose_takes_options_of_different_lengths():
-    def predict(ids):  # as the oracle over four positions, whatever is missing on the right being unknown
-        rows = torch.nn.functional.pad(ids, (0, 4 - ids.shape[1]), value=MASK)
-        return LONG(rows)[:, : ids.shape[1]]
-
-    sequence = LONG.sequences[5]
-    options = [sequence[1:2], sequence[1:4]]
-    _, scores = h.choose(predict, sequence[:1], options, MASK, n_samples=900, generator=seeded(0))
-    prefix = [torch.cat((sequence[:k], torch.full((4 - k,), MASK)))[None] for k in (1, 2, 4)]
-    base, short, long = (float(LONG.log_prob(p)) for p in prefix)
-    assert scores[0] == pytest.approx(short - base, abs=1e-4)
-    assert scores[1] == pytest.approx(long - base, abs=0.15)
-
-
-def test_options_of_one_length_share_their_masks():
-    """Common random numbers: what differs between the scores is the options, not the draw; ties go to the first."""
-    option = torch.tensor([5, 6])
-    index, scores = h.choose(WRONG, torch.tensor([4]), [option, option.clone()], MASK, n_samples=3, generator=seeded(0))
-    assert scores[0] == scores[1] and index == 0
-
-
-def test_choose_spreads_its_samples_over_l():
-    """n_samples = 6 for three tokens: each l twice."""
-    seen = []
-
-    def predict(ids):
-        seen.append((ids == MASK).sum(dim=1))
-        return LONG(ids)
-
-    h.choose(predict, LONG.sequences[0, :1], [LONG.sequences[0, 1:]], MASK, n_samples=6, generator=seeded(3))
-    assert torch.bincount(torch.cat(seen), minlength=4).tolist() == [0, 2, 2, 2]
-
-
-@pytest.mark.parametrize(
-    "prompt, options, n_samples",
-    [
-        (torch.tensor([4]), [], 1),
-        (torch.tensor([4]), [torch.empty(0, dtype=torch.long)], 1),
-        (torch.tensor([4]), [torch.tensor([[5]])], 1),
-        (torch.tensor([[4]]), [torch.tensor([5])], 1),
-        (torch.tensor([4]), [torch.tensor([5])], 0),
-    ],
-)
-def test_choose_errors(prompt, options, n_samples):
-    with pytest.raises(ValueError, match="pass"):
-        h.choose(EXACT, prompt, options, MASK, n_samples=n_samples)
-
-
-# --- many samples: more masks at small l, a line as baseline ---
-
-
-@pytest.mark.parametrize("k, maskable", [(4, [True, True, True]), (22, [True, True, True]), (13, [False, True, True])])
-def test_many_samples_are_unbiased_for_a_wrong_predictor(k, maskable):
-    """From MANY_SAMPLES on, l is no longer uniform: the weights must make up for it exactly."""
-    maskable = torch.tensor(maskable)
-    values = estimates(WRONG, EXACT.sequences[k], 500, n_samples=h.MANY_SAMPLES, maskable=maskable[None])
-    assert within(values, enumerated_nelbo(WRONG, EXACT.sequences[k], maskable))
-
-
-def test_many_samples_are_unbiased_in_every_row_of_a_batch():
-    rows = torch.tensor([[4, 5, 6], [5, 6, PAD], [6, PAD, PAD], [PAD, PAD, PAD]])
-    options = {"n_samples": h.MANY_SAMPLES + 1, "maskable": rows != PAD}
-    runs = torch.stack([h.nelbo(WRONG, rows, MASK, generator=seeded(s), **options) for s in range(400)])
-    for i in range(3):
-        assert within(runs[:, i], enumerated_nelbo(WRONG, rows[i], rows[i] != PAD))
-    assert (runs[:, 3] == 0).all() and float(runs[:, 2].std()) < 1e-5
-
-
-class Uneven:
-    """A wrong predictor for which some tokens are easy and some hard, whatever is masked, as for real ones."""
-
-    def __init__(self, length=32):
-        self.base = WrongPredictor(12, longest=length, seed=9, scale=0.7)
-        self.bias = 3 * torch.randn(length, 12, generator=seeded(1))
-
-    def __call__(self, ids):
-        return self.base(ids) + self.bias
-
-
-def test_at_most_half_of_the_authors_variance_at_their_number_of_passes():
-    """get_log_likelihood.py spreads l evenly from a random start; at 128 passes ours must be at least twice as precise."""
-    model, n, K = Uneven(), 32, 128
-    row = torch.randint(4, 12, (1, n), generator=seeded(0))
-    ours, theirs = [], []
-    for s in range(80):
-        g = seeded(s)
-        ours.append(float(h.nelbo(model, row, MASK, n_samples=K, generator=g)))
-        start = int(torch.randint(1, n + 1, (1,), generator=g))
-        count = ((start + torch.arange(K) * n // K - 1) % n + 1)[:, None]
-        mask = h.exact_masks(count, torch.ones(1, n, dtype=torch.bool), g)[:, 0]
-        nll = h.masked_nll(model, row.expand(K, -1), mask, MASK).sum(dim=1).double()
-        theirs.append(float((nll * n / count[:, 0]).mean()))
-    ours, theirs = torch.tensor(ours).double(), torch.tensor(theirs).double()
-    assert abs(float(ours.mean() - theirs.mean())) < 4 * math.sqrt(float(ours.var() + theirs.var()) / 80)
-    assert float(ours.var()) < 0.5 * float(theirs.var())
-
-
-def test_common_masks_are_the_same_in_every_row():
-    seen = []
-
-    def predict(ids):
-        seen.append(ids == MASK)
-        return WRONG(ids)
-
-    rows = EXACT.sequences[[4, 13, 22]]
-    h.nelbo(predict, rows, MASK, n_samples=5, common_masks=True, generator=seeded(0))
-    masks = torch.cat(seen).view(5, 3, 3)
-    assert (masks == masks[:, :1]).all()
-    runs = torch.stack([h.nelbo(WRONG, rows, MASK, n_samples=2, common_masks=True, generator=seeded(s)) for s in range(600)])
-    for i, row in enumerate(rows):
-        assert within(runs[:, i], enumerated_nelbo(WRONG, row, EVERYTHING))
+# --- masks ---
 
 
 def test_masked_nll_is_that_of_the_masked_tokens_alone():
@@ -446,23 +308,11 @@ def test_exact_masks_have_exactly_so_many_and_stay_inside():
     assert (masks.sum(dim=-1) == count).all() and not (masks & ~maskable).any()
 
 
-def test_choose_with_a_suffix_scores_what_stands_between():
-    """Prompt and suffix both condition: against enumeration, with options of two lengths."""
-    sequence = EXACT.sequences[15]
-    prompt, option, suffix = sequence[:1], sequence[1:2], sequence[2:]
-    expected = -enumerated_nelbo(WRONG, sequence, torch.tensor([False, True, False]))
-    _, scores = h.choose(WRONG, prompt, [option], MASK, n_samples=2, suffix=suffix, generator=seeded(0))
-    assert scores[0] == pytest.approx(min(0.0, expected), abs=1e-5)
-    empty, before = sequence[:0], torch.tensor([True, True, False])
-    values = [
-        h.choose(WRONG, empty, [sequence[:2], sequence[:1]], MASK, n_samples=2, suffix=suffix, generator=seeded(s))[1][0]
-        for s in range(500)
-    ]
-    assert within(values, -enumerated_nelbo(WRONG, sequence, before))
-
-
-def test_choose_scores_options_together_as_one_by_one():
-    options = [EXACT.sequences[k, 1:] for k in (0, 5, 8)]
-    together = h.choose(WRONG, torch.tensor([4]), options, MASK, n_samples=4, generator=seeded(3))[1]
-    single = [h.choose(WRONG, torch.tensor([4]), [o], MASK, n_samples=4, generator=seeded(3))[1][0] for o in options]
-    assert together == pytest.approx(single, abs=1e-5)
+def test_exact_masks_are_uniform_and_independent():
+    """Every pair of four tokens alike, and whatever pair the next row has."""
+    masks = h.exact_masks(torch.full((5000, 2), 2), torch.tensor([[True, True, False, True, True]]).expand(2, -1), seeded(0))
+    pairs = torch.tensor([[i in pair for i in range(5)] for pair in itertools.combinations((0, 1, 3, 4), 2)])
+    which = (masks[:, :, None] == pairs).all(dim=-1).long()
+    assert (which.sum(dim=-1) == 1).all()
+    joint = (which.argmax(dim=-1) * torch.tensor([6, 1])).sum(dim=1)
+    assert ChiSquare.of(torch.bincount(joint, minlength=36), torch.full((36,), 1 / 36)).fits

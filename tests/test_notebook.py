@@ -1,113 +1,124 @@
-"""The deliverable itself: the committed notebook as a reader meets it, and the notebook executed afresh in `smoke`."""
+"""The deliverable itself: the committed notebooks as a reader meets them, and both executed afresh in `smoke`."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from notebooks import BEYOND, CORPUS, MAIN, OFFLINE, ROOT, cells, clone, finish, git, outputs, printed, sources, start
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOK = "EG_TakeHome_LLaDA.ipynb"
-CLOCK_COLUMNS = re.compile(r"second|tokens/s")
+import llada_helpers as h
+from beyond.experiments import suite, suite_mark
+
+CLOCK_COLUMNS = re.compile(r"second|tokens/s|commit")
+NOTEBOOKS = [MAIN, BEYOND]
+ASKED = {"models", "loss_check", "training", "perplexity", "gap", "speed", "samples", "quality", "failure", "infilling"}
+ASKED |= {"same_prompt", "runs"}
 
 
-def cells(path: Path, kind: str) -> list[dict]:
-    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
-
-
-def assert_clean(path: Path) -> None:
+def assert_clean(path):
     """Every code cell was run, in order, without an error and without a word on stderr."""
     code = cells(path, "code")
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
-    outputs = [o for c in code for o in c["outputs"]]
-    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs(path) if o["output_type"] == "error" or o.get("name") == "stderr"]
 
 
-def test_committed_notebook_is_executed_and_complete():
-    assert_clean(ROOT / NOTEBOOK)
-    headings = re.findall(
-        r"^## Part (\d): (.*)$", "\n".join("".join(c["source"]) for c in cells(ROOT / NOTEBOOK, "markdown")), re.M
-    )
-    assert [int(number) for number, _ in headings] == list(range(1, 9))
-    beyond = "\n".join("".join(c["source"]) for c in cells(ROOT / NOTEBOOK, "markdown")).partition("## Beyond the assignment")[2]
-    for topic in ("Instruction tuning", "Who says it", "Guidance", "reversal", "toy", "the time", "byte pairs"):
-        assert re.search(rf"^### .*{topic}", beyond, re.M), topic
-    first = "".join("".join(o["text"]) for c in cells(ROOT / NOTEBOOK, "code")[:2] for o in c["outputs"])
+def anchors(path) -> set[str]:
+    """What a link inside the notebook can point to: headings, spaces as hyphens."""
+    headings = re.findall(r"^#+ (.*)$", "\n".join(sources(path, "markdown")), re.M)
+    return {heading.strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_notebook_is_executed_and_light(name):
+    assert_clean(ROOT / name)
+    assert (ROOT / name).stat().st_size < 3_000_000
+    first = "".join("".join(o.get("text", "")) for c in cells(ROOT / name, "code")[:3] for o in c["outputs"])
     assert all(word in first for word in ("preset", "device", "torch", "SHA-256", "TinyShakespeare"))
-    widgets = json.loads((ROOT / NOTEBOOK).read_text())["metadata"]["widgets"]
+    ids = [c["id"] for kind in ("code", "markdown") for c in cells(ROOT / name, kind)]
+    assert len(ids) == len(set(ids)) and "jupytext" not in json.loads((ROOT / name).read_text())["metadata"]
+
+
+def test_committed_notebook_has_the_parts_of_the_exercise():
+    text = "\n".join(sources(ROOT / MAIN, "markdown"))
+    assert [int(n) for n in re.findall(r"^## Part (\d): ", text, re.M)] == list(range(1, 9))
+    assert not re.search(r"\b\d\.\d{2,4}\b", sources(ROOT / MAIN, "markdown")[0]), "a measured number before it was measured"
+    for topic in ("Perplexity", "Convergence", "Speed", "Samples", "Coherence", "same prompt", "Failure", "Infilling"):
+        assert re.search(rf"^##+ .*{topic}", text, re.M), topic
+    widgets = json.loads((ROOT / MAIN).read_text())["metadata"]["widgets"]
     assert "LinkModel" in json.dumps(widgets), "the slider's browser-side link is not saved"
 
 
-def test_committed_notebook_is_light_and_readable():
-    assert (ROOT / NOTEBOOK).stat().st_size < 3_000_000
-    assert max("".join(c["source"]).count("\n") + 1 for c in cells(ROOT / NOTEBOOK, "code")) <= 30
+def test_committed_notebook_goes_beyond_the_assignment():
+    headings = "\n".join(re.findall(r"^##+ .*$", "\n".join(sources(ROOT / BEYOND, "markdown")), re.M))
+    for topic in ("Instruction tuning", "Who says it", "Guidance", "reversal", "toy", "the time", "byte pairs"):
+        assert re.search(topic, headings, re.I), topic
 
 
-def execute(directory: Path, data: str | None, repository: Path | None = None) -> Path:
-    """A copy of what is committed, executed in `directory` in the smoke preset; returns its tables.
-
-    With a `repository` only the notebook is copied, as in Colab, and fetches the rest from there.
-    """
-    for name in (NOTEBOOK, "llada_helpers.py", "analysis.md", "README.md")[: 1 if repository else None]:
-        shutil.copy(ROOT / name, directory)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LLADA_")}
-    environment |= {"LLADA_PRESET": "smoke", "XDG_CACHE_HOME": str(directory / "cache")}
-    environment |= {"LLADA_REPO_URL": str(repository)} if repository else {}
-    # An unreachable proxy makes the download fail at once, with or without a network.
-    environment |= {"LLADA_DATA": data} if data else {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", NOTEBOOK]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory / "figures" / "tables"
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_links_are_good(name):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", "\n".join(sources(ROOT / name, "markdown"))):
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        assert not anchor or anchor in anchors(ROOT / (path or name)), target
 
 
-def without_clocks(path: Path) -> str:
+@pytest.mark.skipif(not CORPUS, reason="needs TinyShakespeare, in shared/ or $LLADA_DATA")
+@pytest.mark.parametrize("name", ["ablations", "schedule"])
+def test_committed_suites_were_made_by_the_code_as_it_is(name):
+    """What the main notebook shows from figures/tables/; `python -m beyond.experiments NAME` remakes it."""
+    table = pd.read_csv(ROOT / "figures" / "tables" / f"{name}.csv", dtype=str)
+    full, _, _ = suite(name, h.PRESETS["cpu"], h.load_text(CORPUS))
+    assert dict(zip(table["row"], table["fingerprint"])) == {row: suite_mark(trials) for row, trials in full.items()}
+
+
+def without_clocks(path) -> str:
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return table[[c for c in table if not CLOCK_COLUMNS.search(c)]].to_csv(index=False)
 
 
 @pytest.fixture(scope="module")
-def corpus() -> str | None:
-    beside = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-    return os.environ.get("LLADA_DATA") or (str(beside) if beside.exists() else None)
+def twice(tmp_path_factory):
+    """Two clones in which both notebooks were executed, on the corpus if it is at hand."""
+    clones = [clone(tmp_path_factory.mktemp(name)) for name in ("first", "second")]
+    environment = {"LLADA_DATA": CORPUS} if CORPUS else OFFLINE
+    for name in NOTEBOOKS:
+        finish(*(start(directory, name, **environment) for directory in clones))
+    return clones
 
 
-def test_smoke_runs_clean_and_twice_the_same(tmp_path, corpus):
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    a = execute(first, str(Path(corpus).resolve()) if corpus else None)
-    b = execute(second, str(Path(corpus).resolve()) if corpus else None)
-    if corpus:
-        assert_clean(first / NOTEBOOK)
-    names = sorted(p.name for p in a.iterdir())
-    assert names == sorted(p.name for p in b.iterdir())
-    parts = {"models.csv", "perplexity.csv", "quality.csv", "speed.csv", "samples.csv", "ablations.csv"}
-    beyond = {"sft.csv", "answers.csv", "speakers.csv", "guidance.csv", "reversal.csv", "toy.csv", "vocabulary_bits.csv"}
-    assert parts | beyond <= set(names)
-    toy = pd.read_csv(a / "toy.csv", dtype=str)
+def test_smoke_runs_clean_and_leaves_what_is_tracked_as_it_was(twice):
+    for name in NOTEBOOKS:
+        if CORPUS:
+            assert_clean(twice[0] / name)
+    changed = {line[3:] for line in git(twice[0], "status", "--porcelain").splitlines()}
+    assert changed == set(NOTEBOOKS)
+
+
+def test_smoke_gives_the_same_numbers_twice(twice):
+    first, second = ({p.name: p for p in d.glob("build/smoke/figures/tables/*.csv")} for d in twice)
+    assert first.keys() == second.keys() and {f"{name}.csv" for name in ASKED} <= first.keys()
+    for name in first:
+        assert without_clocks(first[name]) == without_clocks(second[name]), name
+    toy = pd.read_csv(first["toy.csv"], dtype=str)
     assert toy["sampled"].tolist() == ["4", "hola", "Paris"]
     assert toy["chosen"].iloc[-1] == "Paris"
-    for name in names:
-        assert without_clocks(a / name) == without_clocks(b / name), name
 
 
-def test_smoke_runs_from_the_notebook_alone_without_any_network(tmp_path, repository):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    execute(bare, data=None, repository=repository)
-    outputs = json.dumps([c["outputs"] for c in cells(bare / NOTEBOOK, "code")])
-    assert "TINYSHAKESPEARE COULD NOT BE DOWNLOADED" in outputs
-    assert "offline corpus" in outputs
-
-
-def test_smoke_runs_on_any_text(tmp_path):
-    own = tmp_path / "own_words.txt"
-    own.write_text("Die Würde des Menschen ist unantastbar.\r\n" * 60, encoding="utf-8")
-    execute(tmp_path, data=str(own))
-    assert "own_words" in json.dumps([c["outputs"] for c in cells(tmp_path / NOTEBOOK, "code")])
+def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
+    """The main notebook in an empty folder without any network, beside both on a text of one's own."""
+    repository, bare, own = (tmp_path / name for name in ("repository", "bare", "own"))
+    for directory in (repository, bare, own):
+        directory.mkdir()
+    clone(repository)
+    clone(own)
+    (bare / MAIN).write_bytes((ROOT / MAIN).read_bytes())
+    (bare / "pip").mkdir()
+    (bare / "pip" / "__main__.py").write_text("")  # everything is installed, and there is no network
+    (own / "own_words.txt").write_text("Die Würde des Menschen ist unantastbar.\r\n" * 60, encoding="utf-8")
+    alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=str(bare), **OFFLINE)
+    finish(start(own, MAIN, LLADA_DATA="own_words.txt"), alone)
+    assert "TINYSHAKESPEARE COULD NOT BE DOWNLOADED" in json.dumps(outputs(bare / MAIN))
+    assert "offline corpus" in printed(bare / MAIN) and "own_words" in printed(own / MAIN)
+    finish(start(own, BEYOND, LLADA_DATA="own_words.txt"))
+    assert {line[3:] for line in git(own, "status", "--porcelain", "-uno").splitlines()} == set(NOTEBOOKS)

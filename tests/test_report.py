@@ -1,221 +1,304 @@
-"""Report, README and tables must say the same; the report prints as two to three pages."""
+"""Report, README and tables must say the same; numbers are rounded as their intervals ask; the report has two or three pages."""
 
 import hashlib
-import html
-import os
+import math
 import re
 import shutil
-import stat
 import struct
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-import llada_helpers as h
+from beyond import report
 
 ROOT = Path(__file__).parents[1]
+TEXTS = ["analysis.md", "README.md"]
 PUBLISHED = {"1.4697"}  # numbers of other people's, cited in the text
 VERSIONS = re.compile(r"Python \d+\.\d+|\d+\.\d+\.\d+|arXiv:\d+\.\d+|[\w-]+[=<>]=?\d[\d.]*")
+PICTURE = re.compile(r"!\[.*?\]\((.*?)\)")
 
 
-@pytest.mark.parametrize("name", ["analysis.md", "README.md"])
+# --- what is committed ---
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_numbers_are_those_of_the_tables(name):
+    """If this fails: python -m beyond.report"""
     text = (ROOT / name).read_text()
     assert "<!-- end -->" in text
-    assert h.fill_report(text, ROOT / "figures" / "tables") == text
+    assert report.fill_report(text, ROOT / report.TABLES) == text
 
 
-@pytest.mark.parametrize("name", ["analysis.md", "README.md"])
+@pytest.mark.parametrize("name", TEXTS)
 def test_no_measured_number_stands_outside_the_markers(name):
     text = re.sub(r"<!-- .*? -->.*?<!-- end -->", "", (ROOT / name).read_text(), flags=re.S)
     text = VERSIONS.sub("", re.sub(r"```.*?```", "", text, flags=re.S))
     assert set(re.findall(r"\d+\.\d+", text)) <= PUBLISHED
 
 
-@pytest.mark.parametrize("name", ["analysis.md", "README.md"])
+@pytest.mark.parametrize("name", TEXTS)
 def test_every_marker_names_a_table_that_is_there(name):
     """fill_report leaves markers of absent tables alone, so a misspelt one would keep an old number for ever."""
     text = (ROOT / name).read_text()
-    names = re.findall(r"<!-- table (\S+) -->", text) + re.findall(r"<!-- ([\w-]+) ; .*? ; .*? -->", text)
-    assert names and not [n for n in set(names) if not (ROOT / "figures" / "tables" / f"{n}.csv").exists()]
+    names = re.findall(r"<!-- table (\S+)", text) + re.findall(r"<!-- ([\w-]+) ; .*? ; .*? -->", text)
+    assert names and not [n for n in set(names) if not (ROOT / report.TABLES / f"{n}.csv").exists()]
 
 
-@pytest.mark.parametrize("name", ["analysis.md", "README.md"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_number_of_the_text_has_trailing_noise(name):
+    """At most three significant digits, but for whole numbers and where an interval asks for more; none without its interval."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.S)
+    for shown in re.findall(r"<!-- [\w-]+ ; .*? ; .*? -->(.*?)<!-- end -->", text):
+        if re.fullmatch(r"−?[\d,]+\.\d+", shown):
+            assert len(re.sub(r"\D", "", shown).lstrip("0")) <= 3, shown
+        half = re.fullmatch(r"−?[\d,.]+ ± ([\d,.]+)", shown)
+        assert not half or len(re.sub(r"\D", "", half[1]).lstrip("0")) <= 2, shown
+    assert not re.search(r"±\s*(?!\d)\S", text), "an interval written by hand"
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_no_marker_starts_a_line_of_a_paragraph(name):
     """GitHub takes such a line for raw HTML, and the rest of the paragraph with it."""
     assert not re.findall(r"^\s*<!-- [\w-]+ ;.*", (ROOT / name).read_text(), flags=re.M)
 
 
-@pytest.mark.parametrize("name", ["analysis.md", "README.md"])
+@pytest.mark.parametrize("name", TEXTS)
 def test_pictures_and_links_exist(name):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
         assert target.startswith("http") or (ROOT / target).exists(), target
-
-
-def test_report_is_two_to_three_pages():
-    words = re.sub(r"<!--.*?-->|^\|.*$", "", (ROOT / "analysis.md").read_text(), flags=re.M)
-    assert 900 <= len(words.split()) <= 2150  # what three pages hold; the PDF's pages are counted below
-
-
-def test_fill_report_leaves_markers_of_absent_tables(tmp_path):
-    text = "<!-- table nowhere -->old<!-- end --> <!-- nowhere ; a ; x -->7<!-- end -->"
-    assert h.fill_report(text, tmp_path) == text
-
-
-def test_fill_report_replaces_tables_and_cells(tmp_path):
-    pd.DataFrame({"row": ["a", "b"], "x": [1.5, 2.0]}).to_csv(tmp_path / "t.csv", index=False)
-    text = "<!-- table t -->old<!-- end --> and <!-- t ; b ; x -->9<!-- end -->."
-    filled = h.fill_report(text, tmp_path)
-    assert "| a | 1.5 |" in filled and "old" not in filled
-    assert filled.endswith("and <!-- t ; b ; x -->2.0<!-- end -->.")
-    assert h.fill_report(filled, tmp_path) == filled
-    for wrong in ("<!-- t ; c ; x -->1<!-- end -->", "<!-- t ; a ; y -->1<!-- end -->"):
-        with pytest.raises(ValueError, match=r"t\.csv"):
-            h.fill_report(wrong, tmp_path)
-
-
-# --- the report as PDF ---
-
-BROWSER = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-INSISTS = os.environ.get("LLADA_BROWSER") == "1"
-needs_browser = pytest.mark.skipif(not BROWSER and not INSISTS, reason="no Chromium (LLADA_BROWSER=1 makes this a failure)")
-PICTURE = re.compile(r"!\[.*?\]\((.*?)\)")
 
 
 def pages(pdf: bytes) -> int:
     return len(re.findall(rb"/Type\s*/Page\b", pdf))
 
 
-def png_size(path: Path) -> tuple[int, int]:
-    return struct.unpack(">II", path.read_bytes()[16:24])
-
-
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A directory with the report, its figures and nothing else."""
-    shutil.copy(ROOT / "analysis.md", tmp_path)
-    shutil.copytree(ROOT / "figures", tmp_path / "figures", ignore=shutil.ignore_patterns("*.gif", "tables"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@needs_browser
-def test_report_prints_on_two_to_three_a4_pages_with_every_figure(desk, capsys):
-    h.main(["report"])
-    pdf = (desk / "analysis.pdf").read_bytes()
-    assert pages(pdf) in (2, 3) and f"{pages(pdf)} pages" in capsys.readouterr().out
-    boxes = {tuple(round(float(x)) for x in box.split()) for box in re.findall(rb"/MediaBox\s*\[(.*?)\]", pdf)}
-    assert boxes == {(0, 0, 595, 842)}
-    figures = PICTURE.findall((desk / "analysis.md").read_text())
-    objects = [dict(re.findall(rb"/(Width|Height) (\d+)", o)) for o in pdf.split(b"endobj") if b"/Subtype /Image" in o]
-    embedded = [(int(o[b"Width"]), int(o[b"Height"])) for o in objects]
-    assert len(figures) >= 3
-    for name in figures:
-        assert png_size(desk / name) in embedded, name
-    assert sorted(p.name for p in desk.iterdir()) == ["analysis.md", "analysis.pdf", "figures"], "scratch files were left behind"
-    # Were they this machine's, pages would break elsewhere on another.
-    fonts = set(re.findall(rb"/BaseFont\s*/(?:[A-Z]+\+)?([\w-]+)", pdf))
-    assert fonts == {b"STIXGeneral-Regular", b"STIXGeneral-Bold", b"STIXGeneral-Italic", b"DejaVuSansMono"}
-
-
 def test_committed_pdf_is_of_the_committed_text():
-    """If this fails: python llada_helpers.py report"""
+    """If this fails: python -m beyond.report"""
     pdf = (ROOT / "analysis.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-") and pages(pdf) in (2, 3)
     assert hashlib.sha256((ROOT / "analysis.md").read_bytes()).hexdigest().encode() in pdf[-200:]
 
 
-def test_page_shows_text_and_nothing_of_its_source():
-    text = (ROOT / "analysis.md").read_text()
-    page = h.report_html(text, ROOT)
-    body = re.sub(r"<[^>]*>", "", page.partition("</style>")[2])
-    for mark in ("<!--", "-->", "**", "| ---", "](", "$"):
-        assert mark not in html.unescape(body), mark
-    assert "\\" not in body and not re.search(r"&\w+;", html.unescape(body)), "a formula that the report cannot set"
-    assert page.count("<img ") == len(PICTURE.findall(text))
-    assert page.count("<tr>") == len(re.findall(r"^\|(?! ---)", text, flags=re.M))
-    assert len(re.findall(r"<h\d", page)) == len(re.findall(r"^#", text, flags=re.M))
-    assert "<title>LLaDA and an autoregressive model on TinyShakespeare</title>" in page
+# --- numbers ---
 
 
 @pytest.mark.parametrize(
-    "formula, shown",
+    "value, shown",
     [
-        (r"\ln V", "ln <i>V</i>"),
-        ("1/t", "1/<i>t</i>"),
-        (r"-\log p", "−log <i>p</i>"),
-        (r"\sqrt{D}", "√<i>D</i>"),
-        ("10^{-4}", "10<sup>−4</sup>"),
-        ("x_t^2", "<i>x</i><sub><i>t</i></sub><sup>2</sup>"),
-        (r"p_\theta(x_0 \mid x_t)", "<i>p</i><sub>θ</sub>(<i>x</i><sub>0</sub> ∣<i>x</i><sub><i>t</i></sub>)"),
-        (r"0 < t \le 1", "0 < <i>t</i> ≤1"),
-        ("n(1-s)", "<i>n</i>(1−<i>s</i>)"),
+        (1.9388, "1.94"),
+        (22.5886, "22.6"),
+        (421.41, "421"),
+        (13_273.4, "13,300"),
+        (0.0594, "0.059"),
+        (0.0019, "0.0019"),
+        (-0.3412, "−0.341"),
+        (112.0, "112"),
+        (1_000_704.0, "1,000,704"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (9.996, "10.0"),
+        (999.6, "1,000"),
     ],
 )
-def test_formulas(formula, shown):
-    page = h.report_html(f"of ${formula}$, `$x_1$` and $5")
-    assert f"<p>of {shown}, <code>$x_1$</code> and $5</p>" in html.unescape(page)
+def test_a_number_without_an_interval(value, shown):
+    assert report.number(value) == shown
 
 
-def test_page_of_odd_text():
-    page = h.report_html("# A <b> & *c*\n\n<!-- a\n| b | -->é 1.5 ±\n<!-- t ; r ; c -->0.1<!-- end --> and x ± y", ROOT)
-    assert "<title>A &lt;b&gt; &amp; *c*</title>" in page
-    assert "<p>é 1.5\u00a0±\u00a00.1 and x ± y</p>" in page, "a number keeps its interval on the same line"
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
-        h.report_html("![a figure](figures/nowhere.png)", ROOT)
+@pytest.mark.parametrize(
+    "value, half, shown",
+    [
+        (1.9388, 0.0088, "1.94 ± 0.01"),
+        (1.5976, 0.014, "1.60 ± 0.01"),
+        (1.9388, 0.0008, "1.939 ± 0.001"),
+        (0.3412, 0.0097, "0.341 ± 0.010"),
+        (0.0016, 0.0104, "0.002 ± 0.010"),
+        (-0.0022, 0.007, "−0.002 ± 0.007"),
+        (0.0, 0.0302, "0.00 ± 0.03"),
+        (1.0, 0.0302, "1.00 ± 0.03"),
+        (-0.0001, 0.05, "0.00 ± 0.05"),
+        (22.5886, 2.3476, "22.6 ± 2.3"),
+        (163.84, 12.3, "164 ± 12"),
+        (13_273.0, 480.0, "13,300 ± 500"),
+        (0.096, 0.4526, "0.1 ± 0.5"),
+        (0.3635, 0.0957, "0.36 ± 0.10"),
+        (0.3635, 0.0997, "0.36 ± 0.10"),
+        (0.0, 0.0, "0"),
+    ],
+)
+def test_a_number_with_an_interval(value, half, shown):
+    assert report.number(value, half) == shown
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-4, 1e5))
+def test_an_interval_is_never_misstated(value, half):
+    """What is read back differs from the truth by less than the interval that is shown, which has the right size."""
+    shown, width = (float(x.replace(",", "").replace("−", "-")) for x in report.number(value, half).split(" ± "))
+    assert 0.49 * half <= width <= 1.51 * half and abs(shown - value) <= 0.51 * width + 1e-9
+    assert len(f"{width:g}".replace(".", "").lstrip("0").rstrip("0")) <= 2
+
+
+@given(st.floats(1e-4, 1e9))
+def test_a_number_keeps_its_size(value):
+    assume(value != int(value))
+    shown = report.number(value)
+    assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.051)
+    assert math.isclose(float(report.number(-value).replace(",", "").replace("−", "-")), -float(shown.replace(",", "")))
+
+
+MARKUP = ["a|b", "*a*", "_a_ `b` $c$", "<b>", "[a](b)", "a\\n", "#1", "~~a~~", "&amp;", "a<br>b", "AR, 4 steps"]
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_words_are_no_markup(text):
+    """Whatever a table says stands in the text as it is: in Pandoc's reading, which is GitHub's dialect."""
+    pypandoc = pytest.importorskip("pypandoc")
+    table = f"| x | y |\n| --- | --- |\n| {report.cell(text)} | end |\n"
+    read = pypandoc.convert_text(table, "plain", "gfm", extra_args=["--wrap=none"])
+    assert re.split(r"\s{2,}", read.strip().splitlines()[-1].strip()) == [text, "end"]
+
+
+@pytest.mark.parametrize("text", ["", "nan", "inf", "1 ± 2", "12 steps", "1,000"])
+def test_what_is_no_number_is_left_as_it_is(text):
+    assert report.cell(text) == text
+
+
+# --- markers ---
 
 
 @pytest.fixture
-def fake_browser(tmp_path, monkeypatch):
-    """A "chromium" that runs the given Python code with `page`, the text that it was given, and `pdf`, the path to write."""
-
-    def install(code: str) -> None:
-        path = tmp_path / "bin" / "chromium"
-        path.parent.mkdir()
-        start = "import sys, pathlib, urllib.request\npage = urllib.request.urlopen(sys.argv[-1]).read().decode()\n"
-        start += "pdf = pathlib.Path(next(a for a in sys.argv if a.startswith('--print-to-pdf=')).partition('=')[2])\n"
-        path.write_text(f"#!{sys.executable}\n{start}{code}")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", str(path.parent))
-
-    return install
+def tables(tmp_path) -> Path:
+    """A table with counts, intervals, speeds, a lone number, words and gaps."""
+    rows = {"row": ["a", "b"], "nats/char": [1.9388, 1.5976], "95% ±": [0.0088, None], "bits/char": [2.7971, 2.0]}
+    rows |= {"ours, seconds": [421.41, 1.0], "tokens/s": [13_273.0, 363.0], "text": ["x\ny|z", ""]}
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    return tmp_path
 
 
-@pytest.mark.parametrize("limit, width", [(3, 75), (2, 50), (4, 80)])
-def test_figures_are_as_wide_as_the_pages_allow(tmp_path, fake_browser, limit, width):
-    (tmp_path / "a.png").write_bytes(b"a picture")
-    (tmp_path / "a.md").write_text("![](a.png)")
-    fake_browser(
-        "wide = int(page.split('width: ')[-1].split('%')[0])\npdf.write_text('/BaseFont' + '/Type /Page\\n' * (wide // 26 + 1))"
-    )
-    said = h.save_report(tmp_path / "a.md", tmp_path / "a.pdf", limit)
-    assert f"{width}% wide" in said and pages((tmp_path / "a.pdf").read_bytes()) <= limit
+def test_a_cell_comes_with_its_interval(tables):
+    for row, column, shown in (
+        ("a", "nats/char", "1.94 ± 0.01"),
+        ("b", "nats/char", "1.60"),
+        ("a", "bits/char", "2.80"),
+        ("a", "ours, seconds", "421"),
+        ("a", "tokens/s", "13,300"),
+        ("a", "text", "x<br>y\\|z"),
+        ("b", "text", ""),
+    ):
+        marker = f"<!-- t ; {row} ; {column} -->"
+        assert report.fill_report(f"{marker}9<!-- end -->", tables) == f"{marker}{shown}<!-- end -->"
+
+
+def test_tables_are_filled_whole_or_by_columns(tables):
+    filled = report.fill_report("<!-- table t -->old<!-- end -->.", tables)
+    whole = "|  | nats/char | bits/char | ours, seconds | tokens/s | text |\n| --- | --- | --- | --- | --- | --- |\n"
+    whole += "| a | 1.94 ± 0.01 | 2.80 | 421 | 13,300 | x<br>y\\|z |\n| b | 1.60 | 2 | 1 | 363 |  |"
+    assert filled == f"<!-- table t -->\n{whole}\n<!-- end -->."
+    filled = report.fill_report("<!-- table t ; ours, seconds ; nats/char -->\n\n<!-- end -->", tables)
+    assert "|  | ours, seconds | nats/char |\n" in filled and "\n| b | 1 | 1.60 |\n" in filled
+    assert report.fill_report(filled, tables) == filled, "filling again changes nothing"
+
+
+def test_markers_of_absent_tables_are_left():
+    text = "<!-- table nowhere -->old<!-- end --> <!-- nowhere ; a ; x -->7<!-- end -->"
+    assert report.fill_report(text, Path("nowhere")) == text
 
 
 @pytest.mark.parametrize(
-    "code, complaint",
-    [
-        ("sys.exit('no display')", "printed no text.*no display"),
-        ("pdf.write_text('/BaseFont'); sys.exit(1)", "printed no text"),
-        ("", "printed no text"),
-        ("pdf.write_text('/Type /Page')", "install a font"),
-        ("pdf.write_text('/BaseFont' + '/Type /Page ' * 4)", "needs 4 pages.*pass a shorter text"),
-    ],
-    ids=["says no", "dies while writing", "writes nothing", "has no fonts", "too long"],
+    "wrong", ["<!-- t ; c ; text -->", "<!-- t ; a ; y -->", "<!-- t ; a ; 95% ± -->", "<!-- table t ; y -->"]
 )
-def test_failed_print_is_an_error_and_keeps_the_old_file(tmp_path, fake_browser, code, complaint):
+def test_a_marker_that_names_nothing_is_refused(tables, wrong):
+    with pytest.raises(ValueError, match=r"t\.csv"):
+        report.fill_report(f"{wrong}1<!-- end -->", tables)
+
+
+def test_a_row_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("row,x\na,1\na,2\n")
+    with pytest.raises(ValueError, match=r"2 rows 'a'"):
+        report.fill_report("<!-- t ; a ; x -->1<!-- end -->", tmp_path)
+
+
+# --- the report as PDF ---
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A directory with both texts, the figures and nothing else; skips where nothing can set a report."""
+    pytest.importorskip("pypandoc")
+    pytest.importorskip("typst")
+    for name in TEXTS:
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "figures", tmp_path / "figures", ignore=shutil.ignore_patterns("*.gif"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    return struct.unpack(">II", path.read_bytes()[16:24])
+
+
+def test_one_command_fills_both_texts_and_sets_the_report(desk, capsys):
+    for name in TEXTS:
+        emptied = re.sub(r"(<!-- [\w-]+ ; [^>]*? -->)[^<]*<!-- end -->", r"\g<1>?<!-- end -->", (ROOT / name).read_text())
+        (desk / name).write_text(emptied)
+    report.main([])
+    assert [(desk / name).read_text() for name in TEXTS] == [(ROOT / name).read_text() for name in TEXTS]
+    pdf = (desk / "analysis.pdf").read_bytes()
+    assert pages(pdf) in (2, 3) and f"analysis.pdf: {pages(pdf)} pages" in capsys.readouterr().out
+    boxes = {tuple(round(float(x)) for x in box.split()) for box in re.findall(rb"/MediaBox\s*\[(.*?)\]", pdf)}
+    assert boxes == {(0, 0, 595, 842)}
+    assert sorted(p.name for p in desk.iterdir()) == ["README.md", "analysis.md", "analysis.pdf", "figures"]
+    fonts = set(re.findall(rb"/BaseFont\s*/(?:[A-Z]+\+)?(\w+)", pdf))
+    assert fonts <= {b"LibertinusSerif", b"DejaVuSansMono", b"NewCMMath"}, "fonts of this machine would break pages elsewhere"
+
+
+def test_every_figure_is_in_the_report_as_wide_as_its_text(desk):
+    report.save_report(Path("analysis.md"), Path("analysis.pdf"))
+    pdf = (desk / "analysis.pdf").read_bytes()
+    figures = PICTURE.findall((desk / "analysis.md").read_text())
+    images = [part for part in pdf.split(b"endobj") if re.search(rb"/Subtype\s*/Image", part)]
+    sizes = [dict(re.findall(rb"/(Width|Height) (\d+)", image)) for image in images]
+    embedded = [(int(size[b"Width"]), int(size[b"Height"])) for size in sizes]
+    assert 3 <= len(figures) <= 4
+    for name in figures:
+        assert png_size(desk / name) in embedded, name
+
+
+def test_the_same_text_makes_the_same_bytes(desk):
+    made = []
+    for name in ("a.pdf", "b.pdf"):
+        report.save_report(Path("analysis.md"), desk / name)
+        made.append((desk / name).read_bytes())
+    assert made[0] == made[1]
+
+
+def test_the_pdf_knows_its_text(desk):
+    text = '# A "title" of 100%\n\nof $x_t^2 \\le \\frac{1}{t}$ and 1.94 ± 0.01\n\n| a | b |\n| --- | --- |\n| c<br>d | e |\n'
+    (desk / "a.md").write_text(text)
+    assert report.save_report(desk / "a.md", desk / "a.pdf") == 1
+    mark = f"% of a.md, SHA-256 {hashlib.sha256((desk / 'a.md').read_bytes()).hexdigest()}\n"
+    assert (desk / "a.pdf").read_bytes().endswith(mark.encode())
+
+
+def test_a_report_too_long_is_an_error_and_keeps_the_old_file(desk):
+    (desk / "a.md").write_text("# Long\n\n" + "One paragraph.\n\n" * 400)
+    (desk / "a.pdf").write_text("old")
+    with pytest.raises(ValueError, match=r"needs \d+ pages; pass a text that fits 3"):
+        report.save_report(desk / "a.md", desk / "a.pdf")
+    assert (desk / "a.pdf").read_text() == "old"
+
+
+def test_a_figure_that_is_not_there_is_named(desk):
+    (desk / "a.md").write_text("![a figure](figures/nowhere.png)")
+    with pytest.raises(Exception, match=r"nowhere\.png"):
+        report.save_report(desk / "a.md", desk / "a.pdf")
+
+
+def test_without_typst_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "typst", None)
     (tmp_path / "a.md").write_text("text")
-    (tmp_path / "a.pdf").write_text("old")
-    fake_browser(code)
-    with pytest.raises(ValueError, match=re.compile(complaint, re.S)):
-        h.save_report(tmp_path / "a.md", tmp_path / "a.pdf")
-    assert (tmp_path / "a.pdf").read_text() == "old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.md", "a.pdf", "bin"]
-
-
-def test_without_chromium_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"install .*chromium"):
-        h.save_report(ROOT / "analysis.md", tmp_path / "analysis.pdf")
+    with pytest.raises(ValueError, match="pip install pypandoc_binary typst"):
+        report.save_report(tmp_path / "a.md", tmp_path / "a.pdf")

@@ -1,8 +1,9 @@
-"""Section 6: samplers against enumerated distributions and against plain-Python rewritings."""
+"""Section 6: samplers against enumerated distributions and against plain-Python rewritings, and strategies of a user's own."""
 
 import inspect
 import itertools
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -17,7 +18,6 @@ EXACT = ExactPredictor(length=3, symbols=3)
 TRUTH = EXACT.logp.exp()
 VOCABULARY = 10
 ROWS = 6000
-FIXED = ("low_confidence", "random", "entropy")
 
 
 def seeded(seed):
@@ -40,12 +40,18 @@ def counts_of(ids):
 # --- distributions ---
 
 
-@pytest.mark.parametrize("remasking", ["random", "entropy"])
+@pytest.mark.parametrize("remasking", ["random", "entropy", "margin"])
 def test_one_token_a_step_samples_the_true_distribution(remasking):
     """The order may depend on what is visible, never on what is drawn: then the chain rule is exact."""
     generation = fill(EXACT, masks(ROWS), remasking=remasking, temperature=1.0, generator=seeded(1))
     chi = ChiSquare.of(counts_of(generation.ids), TRUTH)
     assert chi.fits, chi
+
+
+def test_low_confidence_is_not_exact_even_one_by_one():
+    """It keeps the likeliest of the sampled values, which favours likely values: the reader should know, so it is a test."""
+    generation = fill(EXACT, masks(ROWS), temperature=1.0, generator=seeded(1))
+    assert not ChiSquare.of(counts_of(generation.ids), TRUTH).fits
 
 
 def test_all_at_once_samples_the_product_of_marginals():
@@ -58,7 +64,7 @@ def test_all_at_once_samples_the_product_of_marginals():
     assert not ChiSquare.of(counts, TRUTH).fits
 
 
-@pytest.mark.parametrize("remasking", ["random", "entropy", "ancestral"])
+@pytest.mark.parametrize("remasking", ["random", "entropy", "margin", "ancestral"])
 def test_given_tokens_condition_the_rest(remasking):
     template = masks(ROWS)
     template[:, 1] = FIRST + 2
@@ -115,39 +121,48 @@ def test_entropy_order_takes_the_surest_position_first():
     assert fill(predict, masks(1, 2), remasking="low_confidence", steps=2).order.tolist() == [[0, 1]]
 
 
+def test_margin_order_takes_the_clearest_decision_first():
+    """Position 1 has the larger margin, 0.3 against 0.1, though position 0 has the likelier token and the lower entropy."""
+    logits = torch.tensor([[0.55, 0.45, *[0.0] * 8], [0.4, 0.1, *[0.5 / 8] * 8]]).log()
+
+    def predict(ids):
+        return torch.nn.functional.pad(logits, (4, 0), value=-math.inf).expand(len(ids), -1, -1)
+
+    orders = {name: fill(predict, masks(1, 2), remasking=name, steps=2).order.tolist() for name in h.REMASKING}
+    assert orders["margin"] == [[1, 0]] and orders["entropy"] == orders["low_confidence"] == [[0, 1]]
+
+
 # --- Algorithm 5 and its variants, rewritten plainly ---
 
+SCORES = {
+    "low_confidence": lambda probs, token: float(probs[token]),
+    "entropy": lambda probs, token: -float(torch.special.entr(probs).sum()),
+    "margin": lambda probs, token: float(probs.topk(2).values @ torch.tensor([1.0, -1.0], dtype=torch.float64)),
+}
 
-def plain_algorithm_5(predict, template, steps, block_length, cfg_scale, forbidden):
-    """Greedy low-confidence decoding, one row at a time, one loop per idea."""
+
+def plainly(predict, template, steps, block_length=None, forbidden=(), remasking="low_confidence"):
+    """Greedy decoding (LLaDA's generate.py, for low confidence), one row at a time, one loop per idea."""
     most = max(row.count(MASK) for row in template.tolist())
     block_length = block_length or most
-    n_blocks = math.ceil(most / block_length)
-    per_block = steps // n_blocks
+    per_block = steps // math.ceil(most / block_length)
     all_ids, all_orders = [], []
     for row in template:
         row, order = row.clone(), [-1] * len(row)
-        given = row != MASK
-        positions = (~given).nonzero()[:, 0].tolist()
-        for b in range(n_blocks):
+        positions = (row == MASK).nonzero()[:, 0].tolist()
+        for b in range(math.ceil(most / block_length)):
             block = positions[b * block_length : (b + 1) * block_length]
             n = len(block)
             for k in range(per_block):
                 kept = n * (k + 1) // per_block - n * k // per_block
                 if kept == 0:
                     continue
-                logits = predict(row[None])[0]
-                if cfg_scale:
-                    blind = row.clone()
-                    blind[given] = MASK
-                    unconditional = predict(blind[None])[0]
-                    logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
-                found = []
+                logits, found = predict(row[None])[0], []
                 for i in block:
                     if row[i] == MASK:
                         allowed = [v for v in range(logits.shape[-1]) if v != MASK and v not in forbidden]
                         token = max(allowed, key=lambda v, i=i: float(logits[i, v]))
-                        found.append((float(logits[i].double().softmax(-1)[token]), i, token))
+                        found.append((SCORES[remasking](logits[i].double().softmax(-1), token), i, token))
                 for _, i, token in sorted(found, reverse=True)[:kept]:
                     row[i], order[i] = token, b * per_block + k
         all_ids.append(row.tolist())
@@ -156,52 +171,246 @@ def plain_algorithm_5(predict, template, steps, block_length, cfg_scale, forbidd
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("remasking", SCORES)
 @pytest.mark.parametrize(
-    "steps, block_length, cfg_scale, forbidden",
+    "steps, block_length, forbidden",
     [
-        (6, None, 0.0, ()),
-        (4, None, 0.0, ()),
-        (1, None, 0.0, ()),
-        (9, None, 0.0, (4, 7)),
-        (6, 2, 0.0, ()),
-        (3, 2, 0.0, (0, 2, 3)),
-        (4, 3, 0.5, ()),
-        (5, None, 2.0, (0, 2, 3, 9)),
-        (12, 1, 1.0, ()),
+        (6, None, ()),
+        (4, None, ()),
+        (1, None, ()),
+        (9, None, (4, 7)),
+        (5, None, (0, 2, 3, 9)),
+        (6, 2, ()),
+        (3, 2, (0, 2, 3)),
+        (4, 3, ()),
+        (12, 1, ()),
     ],
 )
-def test_greedy_low_confidence_is_algorithm_5(seed, steps, block_length, cfg_scale, forbidden):
+def test_greedy_decoding_is_the_plain_algorithm(seed, remasking, steps, block_length, forbidden):
+    """Algorithm 5 for low confidence, in blocks or not."""
     predict = WrongPredictor(VOCABULARY, seed=seed)
     template = torch.randint(FIRST, VOCABULARY, (5, 8), generator=seeded(seed))
     for row in template:  # six masks a row, anywhere
         row[torch.randperm(8, generator=seeded(seed + int(row.sum())))[:6]] = MASK
-    generation = fill(predict, template, steps=steps, block_length=block_length, cfg_scale=cfg_scale, forbidden=forbidden)
-    ids, order = plain_algorithm_5(predict, template, steps, block_length, cfg_scale, forbidden)
+    options = {"steps": steps, "block_length": block_length, "forbidden": forbidden, "remasking": remasking}
+    generation = fill(predict, template, **options)
+    ids, order = plainly(predict, template, **options)
     assert generation.ids.tolist() == ids and generation.order.tolist() == order
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_rows_with_different_numbers_of_masks(steps):
+@pytest.mark.parametrize("remasking", SCORES)
+def test_rows_with_different_numbers_of_masks(steps, remasking):
     """Each row keeps its own schedule, one of them has nothing to fill."""
     predict = WrongPredictor(VOCABULARY, seed=9)
     template = torch.tensor([[1, 1, 1, 1, 1, 6], [4, 1, 5, 1, 5, 6], [4, 5, 6, 7, 8, 9], [1, 4, 4, 4, 4, 4]])
-    generation = fill(predict, template, steps=steps)
-    ids, order = plain_algorithm_5(predict, template, steps, None, 0.0, ())
+    generation = fill(predict, template, steps=steps, remasking=remasking)
+    ids, order = plainly(predict, template, steps, remasking=remasking)
     assert generation.ids.tolist() == ids and generation.order.tolist() == order
 
 
-@pytest.mark.parametrize("remasking", ["low_confidence", "entropy"])
-@pytest.mark.parametrize("threshold", [None, 0.4])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
-def test_rows_of_a_batch_do_not_touch_each_other(remasking, threshold, cfg_scale):
+# --- a strategy of one's own ---
+
+
+def left_to_right(tokens, probs, masked, count):
+    """The first `count` masked positions of each row."""
+    return masked & (masked.cumsum(dim=1) <= count[:, None])
+
+
+def hasty(tokens, probs, masked, count):
+    """Everything at once."""
+    return masked
+
+
+def slow(tokens, probs, masked, count):
+    """A single position of a single row, whatever is wanted."""
+    first = torch.zeros_like(masked).flatten()
+    first[masked.flatten().nonzero()[0]] = True
+    return first.view_as(masked)
+
+
+def careless(tokens, probs, masked, count):
+    """As many as are wanted, the rightmost, and all that is not to be had besides."""
+    return ~masked | (masked & (masked.flip(1).cumsum(dim=1).flip(1) <= count[:, None]))
+
+
+def test_left_to_right_writes_from_left_to_right():
+    template = torch.tensor([[MASK] * 6, [MASK, 5, MASK, 6, 7, MASK]])
+    for steps, order in ((6, [0, 1, 2, 3, 4, 5]), (3, [0, 0, 1, 1, 2, 2]), (1, [0] * 6)):
+        made = fill(WrongPredictor(VOCABULARY), template, steps=steps, remasking=left_to_right)
+        assert made.order[0].tolist() == order and made.nfe == steps
+        assert made.order[1][[0, 2, 5]].tolist() == sorted(made.order[1][[0, 2, 5]].tolist())
+
+
+def test_left_to_right_samples_the_true_distribution():
+    """The chain rule in yet another order."""
+    generation = fill(EXACT, masks(ROWS), remasking=left_to_right, temperature=1.0, generator=seeded(1))
+    assert ChiSquare.of(counts_of(generation.ids), TRUTH).fits
+    assert generation.order.tolist() == [[0, 1, 2]] * ROWS
+
+
+def test_what_a_strategy_is_told():
+    """Proposals, the distributions that they came from, the candidates of the block, and the schedule's wish."""
+    predict, told = WrongPredictor(VOCABULARY, seed=2), []
+    template = torch.tensor([[4, MASK, MASK, MASK, 5, MASK], [MASK, MASK, 6, 7, 8, 9]])
+
+    def watched(*arguments):
+        told.append([argument.clone() for argument in arguments])
+        return left_to_right(*arguments)
+
+    made = fill(predict, template, steps=4, block_length=2, forbidden=(4, 5), remasking=watched)
+    states = [made.state_after(step) for step in (-1, *made.steps())]
+    wishes = [[1, 1], [1, 1], [1, 0], [1, 0]]
+    assert len(told) == 4 and made.order.tolist() == [[-1, 0, 1, 2, -1, 3], [0, 1, -1, -1, -1, -1]]
+    for (tokens, probs, masked, count), state, wish, block in zip(told, states, wishes, ((1, 2), (1, 2), (3, 5), (3, 5))):
+        candidates = state == MASK
+        candidates[0] &= torch.isin(torch.arange(6), torch.tensor(block))
+        assert torch.equal(masked, candidates) and masked.dtype == torch.bool
+        assert count.tolist() == wish and tokens.dtype == torch.long and probs.dtype == torch.float64
+        logits = predict(state)
+        assert torch.allclose(probs[masked], logits.double().softmax(-1)[masked]) and (probs[~masked] == 0).all()
+        best = logits.index_fill(-1, torch.tensor([MASK, 4, 5]), -math.inf).argmax(-1)
+        assert torch.equal(tokens[masked], best[masked]), "what is forbidden is not proposed"
+
+
+def test_a_strategy_may_commit_more_than_is_wanted():
+    predict = WrongPredictor(VOCABULARY)
+    made = fill(predict, masks(4, 6), steps=6, remasking=hasty)
+    assert made.nfe == predict.calls == 1 and (made.order == 0).all()
+    half = fill(predict, masks(4, 6), steps=6, block_length=3, remasking=hasty)
+    assert half.nfe == 2 and half.order.tolist() == [[0, 0, 0, 3, 3, 3]] * 4, "a block's steps keep their numbers"
+
+    def two_at_once(tokens, probs, masked, count):
+        return h.low_confidence(tokens, probs, masked, masked.sum(dim=1).clamp(max=2))
+
+    ahead = fill(predict, masks(4, 6), steps=6, remasking=two_at_once)
+    assert ahead.nfe == 3 and ahead.steps() == [0, 2, 4], "a step that wants nothing more costs no pass"
+
+
+@pytest.mark.parametrize("steps, block_length", [(1, None), (3, None), (100, None), (2, 3), (3, 2), (4, 3), (6, 1), (60, 1)])
+def test_a_strategy_may_commit_fewer_than_is_wanted(steps, block_length):
+    """It gets further passes, each with a step of its own, and blocks still follow each other."""
+    predict = WrongPredictor(VOCABULARY)
+    made = fill(predict, masks(1, 6), steps=steps, block_length=block_length, remasking=slow)
+    assert made.nfe == predict.calls == len(made.steps()) == 6
+    assert made.order[0].tolist() == made.steps(), "one by one, from left to right"
+    assert [int((made.state_after(step) == MASK).sum()) for step in (-1, *made.steps())] == [6, 5, 4, 3, 2, 1, 0]
+
+
+def test_rows_that_fall_behind_are_waited_for():
+    """One row's commit a pass is enough; the others keep what they have."""
+    made = fill(WrongPredictor(VOCABULARY), masks(3, 4), steps=2, remasking=slow)
+    assert made.nfe == 12 and made.order.flatten().tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    "nothing", [lambda tokens, probs, masked, count: torch.zeros_like(masked), lambda tokens, probs, masked, count: ~masked]
+)
+def test_a_strategy_that_commits_nothing_is_refused(nothing):
+    """At once, instead of asking for ever; what is not masked cannot be committed."""
+    predict = WrongPredictor(VOCABULARY)
+    with pytest.raises(ValueError, match="commits nothing"):
+        fill(predict, torch.tensor([[4, MASK, MASK, 5]]), remasking=nothing)
+    assert predict.calls == 1
+
+
+@pytest.mark.parametrize("steps, block_length", [(6, None), (4, None), (6, 2), (3, 2)])
+def test_what_is_not_masked_cannot_be_committed(steps, block_length):
+    predict = WrongPredictor(VOCABULARY, seed=3)
+    template = torch.randint(FIRST, VOCABULARY, (5, 8), generator=seeded(3))
+    template[:, 1:7] = MASK
+
+    def careful(tokens, probs, masked, count):
+        return careless(tokens, probs, masked, count) & masked
+
+    a, b = (fill(predict, template, steps=steps, block_length=block_length, remasking=r) for r in (careless, careful))
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.order, b.order) and torch.equal(a.confidence, b.confidence)
+    assert torch.equal(a.ids[:, [0, 7]], template[:, [0, 7]]) and (a.order[:, [0, 7]] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["low_confidence", "entropy", "margin", "random"])
+def test_built_in_strategies_are_functions_like_any_other(name):
+    """The same under their name and as a function."""
+    drawn = []
+    for named in (True, False):
+        generator = seeded(8)
+        function = h.random_order(generator) if name == "random" else getattr(h, name)
+        options = {"remasking": name if named else function, "generator": generator}
+        made = fill(WrongPredictor(VOCABULARY, seed=4), masks(5, 8), temperature=1.0, **options)
+        drawn.append((made.ids.tolist(), made.order.tolist(), made.confidence.tolist()))
+    assert drawn[0] == drawn[1]
+
+
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 10**6))
+def test_highest_takes_the_best_of_each_row(rows, length, seed):
+    score = torch.randn(rows, length, generator=seeded(seed))
+    masked = torch.rand(rows, length, generator=seeded(seed + 1)) < 0.6
+    count = (torch.rand(rows, generator=seeded(seed + 2)) * (masked.sum(dim=1) + 1)).long()
+    taken = h.highest(score, masked, count)
+    for i in range(rows):
+        ranked = sorted(masked[i].nonzero()[:, 0].tolist(), key=lambda j, i=i: -float(score[i, j]))
+        assert taken[i].nonzero()[:, 0].tolist() == sorted(ranked[: int(count[i])])
+
+
+def test_highest_never_takes_more_than_there_is():
+    masked = torch.tensor([[True, False, True], [False, False, False]])
+    assert torch.equal(h.highest(torch.zeros(2, 3), masked, torch.tensor([3, 2])), masked)
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "entropy", "margin", left_to_right, careless])
+def test_rows_of_a_batch_do_not_touch_each_other(remasking):
     predict = WrongPredictor(VOCABULARY, seed=3)
     template = torch.where(torch.rand(12, 7, generator=seeded(3)) < 0.6, MASK, torch.randint(4, 10, (12, 7), generator=seeded(4)))
     template[:, 0] = MASK
-    options = {"remasking": remasking, "threshold": threshold, "cfg_scale": cfg_scale, "steps": 4}
-    together = fill(predict, template, **options)
+    together = fill(predict, template, remasking=remasking, steps=4)
     for i in range(len(template)):
-        alone = fill(predict, template[i : i + 1], **options)
+        alone = fill(predict, template[i : i + 1], remasking=remasking, steps=4)
         assert torch.equal(alone.ids[0], together.ids[i]) and torch.equal(alone.order[0], together.order[i])
+
+
+# --- what a generation remembers ---
+
+
+@pytest.mark.parametrize("remasking", [*h.REMASKING, left_to_right, hasty, slow])
+@pytest.mark.parametrize("options", [{}, {"block_length": 3, "forbidden": (0, 4)}, {"temperature": 2.0, "top_p": 0.8}], ids=str)
+def test_confidence_is_the_models_probability_at_the_pass_that_committed(remasking, options):
+    """Before temperature, nucleus and what is forbidden; and 1 for what was given."""
+    predict = WrongPredictor(VOCABULARY, seed=7)
+    template = torch.randint(FIRST, VOCABULARY, (4, 8), generator=seeded(7))
+    template[:, 2:] = MASK
+    options = {"steps": 4, "temperature": 1.0, "generator": seeded(1), "remasking": remasking, **options}
+    made = fill(predict, template, **options)
+    assert made.confidence.dtype == torch.float32 and (made.confidence[:, :2] == 1).all()
+    before = template
+    for step in made.steps():
+        probs = predict(before).double().softmax(-1).gather(-1, made.ids[..., None])[..., 0]
+        new = made.order == step
+        assert new.any() and torch.allclose(made.confidence[new].double(), probs[new], atol=1e-6)
+        before = made.state_after(step)
+    assert torch.equal(before, made.ids)
+
+
+def test_confidences_of_one_by_one_multiply_to_the_probability():
+    """The chain rule again: an exact model knows how likely what it wrote is, in whatever order it wrote it."""
+    made = fill(EXACT, masks(200), remasking="random", temperature=1.0, generator=seeded(1))
+    assert torch.allclose(made.confidence.double().log().sum(dim=1), EXACT.logp[EXACT.index(made.ids)], atol=1e-5)
+    empty = torch.empty(200, 0, dtype=torch.long)
+    made = h.generate_ar(ExactAR(EXACT), empty, 3, start_id=START, temperature=1.5, generator=seeded(1))
+    assert torch.allclose(made.confidence.double().log().sum(dim=1), EXACT.logp[EXACT.index(made.ids)], atol=1e-5)
+
+
+def test_steps_are_those_that_committed():
+    made = fill(WrongPredictor(VOCABULARY), masks(2, 3), remasking="ancestral", steps=50, generator=seeded(0))
+    assert made.steps() == sorted(set(made.order.flatten().tolist())) and len(made.steps()) == made.nfe <= 6
+    for step in range(-1, 50):
+        assert torch.equal(made.state_after(step) != made.state_after(step - 1), made.order == step) or step == -1
+    assert fill(WrongPredictor(VOCABULARY), masks(2, 3), steps=7).steps() == [2, 4, 6]
+
+
+def test_states_are_masked_with_the_callers_mask():
+    made = h.Generation(torch.tensor([[4, 5, 6]]), torch.tensor([[-1, 1, 0]]), nfe=2)
+    assert [made.state_after(step, mask_id=9).tolist() for step in (-1, 0, 1)] == [[[4, 9, 9]], [[4, 9, 6]], [[4, 5, 6]]]
+    assert made.confidence.tolist() == [[1, 1, 1]] and made.steps() == [0, 1]
 
 
 # --- properties over everything ---
@@ -229,11 +438,9 @@ def requests(draw):
     options = {
         "steps": n_blocks * draw(st.integers(1, 6)),
         "block_length": block_length,
-        "remasking": draw(st.sampled_from(h.REMASKING)),
+        "remasking": draw(st.sampled_from([*h.REMASKING, left_to_right, hasty, slow, careless])),
         "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 3.0])),
         "top_p": draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
-        "threshold": draw(st.sampled_from([None, None, 0.0, 0.3, 0.9, 1.0])),
-        "cfg_scale": draw(st.sampled_from([0.0, 0.0, 1.0])),
         "forbidden": tuple(draw(st.sets(st.sampled_from([0, 2, 3, 4, 9]), max_size=5))),
     }
     return template, options, draw(st.integers(0, 99))
@@ -258,19 +465,13 @@ def test_what_always_holds(request):
     last = int(order.max())
     assert torch.equal(generation.state_after(last), ids)
     n = (~given_tokens).sum(dim=1)
-    steps, block_length, threshold = options["steps"], options["block_length"], options["threshold"]
-    assert generation.nfe == predict.calls
-    if threshold is None:
+    steps, block_length, remasking = options["steps"], options["block_length"], options["remasking"]
+    assert generation.nfe == predict.calls == len(generation.steps()), "a pass that reveals nothing is not made"
+    assert ((generation.confidence >= 0) & (generation.confidence <= 1)).all()
+    assert (generation.confidence[given_tokens] == 1).all()
+    if remasking is not slow:
         assert generation.nfe <= steps and last < steps
-        assert generation.nfe == len(set(order[order >= 0].tolist())), "a pass that reveals nothing is not made"
-    else:
-        assert generation.nfe == last + 1 <= int(n.max()), "at least one token for each pass"
-        for row_order, row_n in zip(order, n):
-            revealed_at = sorted(set(row_order[row_order >= 0].tolist()))
-            if block_length is None:
-                assert revealed_at == list(range(len(revealed_at))), "at least one a pass in each row until it is full"
-            assert len(revealed_at) <= int(row_n)
-    if threshold is None and options["remasking"] != "ancestral":
+    if remasking in (*h.REMASKING, left_to_right, careless) and remasking != "ancestral":
         if block_length is None:
             for k in range(steps):
                 state = generation.state_after(k)
@@ -290,59 +491,11 @@ def test_what_always_holds(request):
 
 
 def test_passes_are_counted_once_each():
-    """Fixed counts: steps beyond the number of masks are free; guidance is one pass of twice the rows."""
+    """Fixed counts: steps beyond the number of masks are free."""
     for steps, nfe in [(1, 1), (2, 2), (3, 3), (7, 3), (100, 3)]:
         predict = WrongPredictor(VOCABULARY)
         assert fill(predict, masks(2), steps=steps).nfe == predict.calls == nfe
-    predict = WrongPredictor(VOCABULARY)
-    assert fill(predict, masks(2), cfg_scale=1.0).nfe == 3
-    assert predict.rows == 3 * 2 * 2
-
-
-def test_threshold_reveals_everything_above_it_and_at_least_one():
-    predict = WrongPredictor(VOCABULARY, seed=5)
-    template = masks(1, 8)
-    assert fill(predict, template, threshold=0.0).nfe == 1
-    never = fill(predict, template, threshold=1.0)
-    assert never.nfe == 8 and sorted(never.order[0].tolist()) == list(range(8))
-    threshold = 0.5
-    generation = fill(predict, template, threshold=threshold)
-    state = template.clone()
-    for k in range(generation.nfe):
-        logits = predict(state)[0].clone()
-        confidence = logits.double().softmax(-1)
-        logits[:, MASK] = -math.inf
-        tokens = logits.argmax(-1)
-        chosen = confidence[range(8), tokens].masked_fill(state[0] != MASK, -1)
-        expected = chosen > threshold
-        expected[chosen.argmax()] = True
-        assert torch.equal(generation.order[0] == k, expected)
-        assert torch.equal(generation.ids[0, expected], tokens[expected])
-        state = generation.state_after(k)
-
-
-def test_no_guidance_is_zero_guidance():
-    predict, template = WrongPredictor(VOCABULARY, seed=6), torch.tensor([[4, 1, 1, 5, 1, 1]])
-    plain, zero, strong = (fill(predict, template, steps=4, **o) for o in ({}, {"cfg_scale": 0.0}, {"cfg_scale": 3.0}))
-    assert torch.equal(plain.ids, zero.ids) and torch.equal(plain.order, zero.order)
-    assert not torch.equal(plain.ids, strong.ids)
-
-
-def test_guidance_keeps_impossible_tokens_impossible():
-    """-inf - -inf is NaN; what the conditional pass rules out must stay out."""
-    template = torch.tensor([[FIRST, MASK, MASK]]).repeat(200, 1)
-    generation = fill(EXACT, template, cfg_scale=2.0, temperature=1.0, steps=2, generator=seeded(0))
-    assert bool((generation.ids >= FIRST).all())
-
-
-def test_guided_distribution_is_that_of_the_formula():
-    """One mask: its distribution is softmax(un + (w + 1) (cond - un)), un seeing none of what was given."""
-    template = torch.tensor([[FIRST, FIRST + 1, MASK]]).repeat(ROWS, 1)
-    generation = fill(EXACT, template, cfg_scale=0.7, temperature=1.0, steps=1, generator=seeded(8))
-    conditional, unconditional = EXACT(template[:1])[0, 2, FIRST:], EXACT(masks(1))[0, 2, FIRST:]
-    probs = (unconditional + 1.7 * (conditional - unconditional)).double().softmax(-1)
-    assert ChiSquare.of(torch.bincount(generation.ids[:, 2] - FIRST, minlength=3), probs).fits
-    assert not ChiSquare.of(torch.bincount(generation.ids[:, 2] - FIRST, minlength=3), conditional.double().exp()).fits
+        assert predict.rows == 2 * nfe
 
 
 def test_mask_is_never_predicted_even_if_it_is_likeliest():
@@ -389,6 +542,7 @@ def small_model(causal=False, seq_len=8):
         ({"block_length": 2, "steps": 4}, "steps"),
         ({"block_length": 3, "steps": 1}, "steps"),
         ({"remasking": "low-confidence"}, "low_confidence"),
+        ({"remasking": None}, "low_confidence"),
         ({"template": torch.full((2, 6), 5)}, "nothing to fill"),
         ({"template": torch.full((1, 9), MASK)}, "seq_len"),
         ({"template": torch.full((6,), MASK)}, "template"),
@@ -415,7 +569,8 @@ def test_errors_come_before_any_forward_pass():
     lambda m: h.generate_ar(m, torch.tensor([[5]]), 3, start_id=START, temperature=0.0),
     lambda m: h.nelbo(m, torch.full((2, 4), 5), MASK, n_samples=2),
     lambda m: h.ar_nll(m, torch.full((2, 4), 5), START),
-], ids=["reverse_process", "generate_ar", "nelbo", "ar_nll"])  # fmt: skip
+    lambda m: h.masked_nll(m, torch.full((2, 4), 5), torch.ones(2, 4, dtype=torch.bool), MASK),
+], ids=["reverse_process", "generate_ar", "nelbo", "ar_nll", "masked_nll"])  # fmt: skip
 def test_inference_makes_no_graph_and_leaves_the_mode_alone(call):
     model = small_model()
     model.train()
@@ -490,6 +645,44 @@ def test_logits_may_be_large_and_rows_differ():
     logits = torch.tensor([[1e4, 0.0, -1e4], [0.0, 300.0, 0.0], [-math.inf, -math.inf, -9e4]])
     for temperature in (0.0, 0.1, 1.0):
         assert h.sample_tokens(logits, temperature, 1.0, seeded(0)).tolist() == [0, 1, 2]
+
+
+# --- blanks in a text ---
+
+TOKENIZER = h.CharTokenizer.from_text("abcdefgh ")
+
+
+def test_infill_keeps_the_text_and_fills_each_blank_to_its_width():
+    model = h.Transformer(h.ModelConfig(TOKENIZER.vocab_size, 24, 1, 2, 8)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    texts = ["ab[__]cd[_]e", "[____]", "bad [_] cab [___]"]
+    filled = h.infill(model, TOKENIZER, texts, steps=4, temperature=1.0, generator=seeded(0))
+    for text, result in zip(texts, filled):
+        pattern = re.sub(r"\[(_+)\]", lambda blank: f"[a-h ]{{{len(blank[1])}}}", text)
+        assert re.fullmatch(pattern, result), (text, result)
+
+
+def test_infill_takes_the_options_of_the_sampler():
+    """Any strategy, one block a letter; what stands for no character is never written, however likely."""
+
+    def predict(ids):  # special tokens are likeliest, then the letter that is as far in the alphabet as the blank in the text
+        return torch.cat((torch.full((4, 9), 9.0), torch.eye(9))).T[: ids.shape[1]].expand(len(ids), -1, -1)
+
+    calls = []
+
+    def watched(*arguments):
+        calls.append(arguments[3].tolist())
+        return left_to_right(*arguments)
+
+    tokenizer = h.CharTokenizer.from_text("abcdefghi")
+    assert h.infill(predict, tokenizer, ["a[_]c[_]", "[__]cd"], steps=2, block_length=1, remasking=watched) == ["abcd", "abcd"]
+    assert calls == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("text", ["ab", "", "a__b", "[]", "[_ _]"])
+def test_infill_needs_a_blank(text):
+    with pytest.raises(ValueError, match="no blank"):
+        h.infill(EXACT, TOKENIZER, ["[_]", text], steps=1)
 
 
 # --- left to right ---
@@ -574,6 +767,6 @@ def test_signature_keeps_the_contract():
     parameters = inspect.signature(h.reverse_process).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
     contract = {"temperature": 0.0, "top_p": 1.0, "remasking": "low_confidence", "block_length": None}
-    contract |= {"threshold": None, "cfg_scale": 0.0, "forbidden": (), "generator": None}
+    contract |= {"forbidden": (), "generator": None}
     assert contract.items() <= defaults.items()
     assert list(parameters)[:4] == ["model", "template", "mask_id", "steps"]

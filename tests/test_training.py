@@ -1,7 +1,9 @@
 """Section 5: a run is complete, resumed exactly, or refused; never half of each."""
 
 import contextlib
-import importlib.util
+import hashlib
+import inspect
+import io
 import json
 import math
 import os
@@ -11,19 +13,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import tokenize
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors.torch import load
 
 import llada_helpers as h
+from beyond.dialogue import response_tokens
+from beyond.losses import masked_mean, polynomial
+from beyond.recipe import PostNormEncoder
+from beyond.variants import LearnedPositions, TimeConditioned
 
 MODEL = h.ModelConfig(vocab_size=10, seq_len=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
 STEADY = replace(MODEL, dropout=0.0)
@@ -40,9 +49,9 @@ def train(root, config=CONFIG, model=MODEL, **more):
     return h.train("tiny", job_of(config, model, **more), root=root)
 
 
-def val_loss(model, rows, learned=h.real_tokens, autoregressive=False):
-    counted = learned(rows)
-    return float(h.validation_nats(model, rows, counted, autoregressive).sum() / counted.sum())
+def val_loss(model, rows, **job):
+    job = job_of(**job)
+    return float(job.validation_nats(model, rows).sum() / job.learned(rows).sum())
 
 
 def checkpoint(run, root):
@@ -50,25 +59,36 @@ def checkpoint(run, root):
 
 
 def read_state(path):
-    """Tensors and notes of a last.safetensors, without the helper's own reader."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
+    """Tensors and rows of metrics of a last.state, without the helper's own reader."""
+    data = path.read_bytes()
+    assert hashlib.sha256(data[32:]).digest() == data[:32]
+    tensors = load(data[32:])
+    notes = json.loads(bytes(tensors.pop("notes").tolist()))
+    return tensors, notes["rows"]
+
+
+def step_of(path):
+    return read_state(path)[1][-1]["step"]
 
 
 def last_state(run, root):
-    return read_state(checkpoint(run, root) / "last.safetensors")
+    return read_state(checkpoint(run, root) / "last.state")
+
+
+def complete(root):
+    return [record["complete"] for path in root.glob("runs/*/run.json") for record in [json.loads(path.read_text())]]
 
 
 def same_result(a, root_a, b, root_b):
-    """Bit for bit: weights, optimizers, metrics (seconds apart), best model."""
-    (tensors_a, meta_a), (tensors_b, meta_b) = last_state(a, root_a), last_state(b, root_b)
+    """Bit for bit: weights, optimizer, metrics (seconds apart), best model, on disk and in memory."""
+    (tensors_a, rows_a), (tensors_b, rows_b) = last_state(a, root_a), last_state(b, root_b)
     assert tensors_a.keys() == tensors_b.keys()
     for key in tensors_a:
         assert torch.equal(tensors_a[key], tensors_b[key]), key
-    drop = ["seconds"]
-    pd.testing.assert_frame_equal(a.metrics.drop(columns=drop), b.metrics.drop(columns=drop))
-    assert {k: v for k, v in a.summary.items() if k != "seconds"} == {k: v for k, v in b.summary.items() if k != "seconds"}
-    assert meta_a["step"] == meta_b["step"] and meta_a["best"] == meta_b["best"]
+    for metrics in (b.metrics, pd.read_csv(b.path / "metrics.csv"), pd.DataFrame(rows_a), pd.DataFrame(rows_b)):
+        pd.testing.assert_frame_equal(a.metrics.drop(columns="seconds"), metrics.drop(columns="seconds"))
+    assert a.summary | {"name": "", "seconds": 0} == b.summary | {"name": "", "seconds": 0} and a.summary["complete"]
+    assert json.loads((b.path / "run.json").read_text()) == b.summary
     for p, q in zip(a.model.parameters(), b.model.parameters()):
         assert torch.equal(p, q)
 
@@ -78,16 +98,20 @@ class Killed(BaseException):
 
 
 @contextlib.contextmanager
-def killed_at_rename(monkeypatch, file, occasion):
-    """What runs inside must die just before the so-manieth time that a file is renamed to `file`."""
+def killed_at_rename(monkeypatch, file, occasion, after=False):
+    """What runs inside must die just before (or just after) the so-manieth time that a file is renamed to `file`.
+
+    The dead rename nothing more, whatever `finally` says.
+    """
     rename, seen = os.replace, []
 
     def deadly(source, target):
-        if Path(target).name == file:
-            seen.append(target)
-            if len(seen) == occasion:
-                raise Killed
-        rename(source, target)
+        seen.extend([target] * (Path(target).name == file))
+        if len(seen) < occasion or (after and len(seen) == occasion):
+            rename(source, target)
+        if len(seen) >= occasion:
+            seen.append("dead")
+            raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(h.os, "replace", deadly)
@@ -95,16 +119,22 @@ def killed_at_rename(monkeypatch, file, occasion):
             yield
 
 
-def stops_at(step):
-    """A progress bar with Ctrl-C in the middle of training step `step`."""
+def interrupt_in(patch, step):
+    """Ctrl-C in the middle of training step `step`: after the loss, before anything else."""
+    batch, nll, steps = h.training_batch, h.weighted_nll, []
 
-    class Bar(h.tqdm):
-        def update(self, n=1):
-            super().update(n)
-            if self.n == step:
-                raise KeyboardInterrupt
+    def noted(job, number):
+        steps.append(number)
+        return batch(job, number)
 
-    return Bar
+    def interrupted(*given):
+        loss = nll(*given)
+        if steps[-1] == step - 1:
+            raise KeyboardInterrupt
+        return loss
+
+    patch.setattr(h, "training_batch", noted)
+    patch.setattr(h, "weighted_nll", interrupted)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +145,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def interrupt_at(monkeypatch):
-    return lambda step: monkeypatch.setattr(h, "tqdm", stops_at(step))
+    return lambda step: interrupt_in(monkeypatch, step)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -132,14 +162,17 @@ def test_training_learns_and_leaves_its_record(tmp_path, causal):
     on_disk = pd.read_csv(run.path / "metrics.csv")
     pd.testing.assert_frame_equal(on_disk, run.metrics)
     record = json.loads((run.path / "run.json").read_text())
-    assert record["model"]["causal"] is causal and record["train"]["steps"] == 30
-    assert {"device", "torch", "python", "data_sha256", "fingerprint"} <= record.keys()
+    assert record == run.summary
+    assert record["causal"] is causal and record["batch"] == ("next_token_batch" if causal else "diffusion_batch")
+    assert record["complete"] and record["steps"] == record["step"] == 30 and record["best"] == run.metrics.val_loss.min()
+    assert record["parameters"] == run.model.n_parameters and record["tokens"] == 30 * 32
+    assert {"device", "torch", "python", "commit", "data_sha256", "processes", "precision"} <= record.keys()
     assert list(run.path.glob("events.out.tfevents*"))
     folder = tmp_path / "checkpoints" / run.path.name
     assert {p.name for p in (folder / "best").iterdir()} >= {"config.json", "model.safetensors"}
-    assert sorted(p.name for p in folder.iterdir()) == ["best", "last.safetensors", "previous.safetensors"]
-    assert json.loads((run.path / "final.json").read_text()) == run.summary
-    assert run.path.parent == tmp_path / "runs" and not run.model.training
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "last.state", "previous.state"]
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()], "no temporary file is left"
+    assert run.path.parent == tmp_path / "runs" and run.path.name.startswith("learn-") and not run.model.training
 
 
 def test_best_model_is_the_one_returned(tmp_path):
@@ -170,7 +203,7 @@ def test_run_is_known_by_its_fingerprint_whatever_its_name(stopped, tmp_path):
     root = shutil.copytree(stopped, tmp_path / "copy")
     (folder,) = root.glob("runs/*")
     run = h.train("other", job_of(), root=root)
-    assert run.path == folder and (folder / "final.json").exists() and run.metrics.step.tolist() == [2, 4, 6, 8]
+    assert run.path == folder and complete(root) == [True] and run.metrics.step.tolist() == [2, 4, 6, 8]
     assert h.train("third", job_of(), root=root).summary == run.summary
     assert list(root.glob("runs/*")) == [folder] and len(list(root.glob("checkpoints/*"))) == 1
 
@@ -194,83 +227,113 @@ def test_retrain_forces(reference, monkeypatch):
 @pytest.mark.parametrize("step", [1, 3, 5, 8])
 def test_interrupted_and_resumed_equals_uninterrupted(reference, tmp_path, interrupt_at, monkeypatch, step):
     run, root = reference
-    with monkeypatch.context() as patch:
-        patch.setattr(h, "tqdm", h.tqdm)  # restored at the end of the block
-        interrupt_at(step)
-        broken = train(tmp_path)
-    assert not (broken.path / "final.json").exists(), "an interrupted run must not look complete"
-    assert len(broken.metrics) == (step - 1) // 2
-    monkeypatch.undo()
-    resumed = train(tmp_path)
-    same_result(run, root, resumed, tmp_path)
-    assert (pd.read_csv(resumed.path / "metrics.csv").step == run.metrics.step).all()
-
-
-def test_interrupted_during_validation(reference, tmp_path, patch_like, monkeypatch):
-    run, root = reference
-    calls = []
-
-    def third_call_is_interrupted(original):
-        def wrapped(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
-
-        return wrapped
-
-    patch_like(h, "validation_nats", third_call_is_interrupted)
+    interrupt_at(step)
     broken = train(tmp_path)
-    assert len(broken.metrics) == 2 and broken.path.name == run.path.name
+    assert complete(tmp_path) == [False], "an interrupted run must not look complete"
+    assert len(broken.metrics) == (step - 1) // 2 and not broken.summary["complete"]
     monkeypatch.undo()
     same_result(run, root, train(tmp_path), tmp_path)
 
 
-FILES = ["config.json", "model.safetensors", "previous.safetensors", "last.safetensors", "metrics.csv"]
+def test_interrupted_by_the_keyboard_between_two_steps(reference, tmp_path, monkeypatch, capsys):
+    """It says at which step, and from which file the next call goes on."""
+    run, root = reference
+
+    class Bar(h.tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step == 5:
+                    raise KeyboardInterrupt
+                yield step
+
+    monkeypatch.setattr(h, "tqdm", Bar)
+    broken = train(tmp_path)
+    assert re.search(rf"step 5\b.*{re.escape(str(checkpoint(broken, tmp_path) / 'last.state'))}", capsys.readouterr().out)
+    monkeypatch.undo()
+    same_result(run, root, train(tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("file, occasion", [*((f, n) for f in FILES for n in (1, 4 - (f[0] == "p"))), ("final.json", 1)])
+@pytest.mark.parametrize("occasion", [1, 3, 4])
+def test_interrupted_during_validation(reference, tmp_path, monkeypatch, occasion):
+    """In the last validation, all steps have been made: that is not complete yet."""
+    run, root = reference
+    calls, nats = [], h.Job.validation_nats
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == occasion:
+            raise KeyboardInterrupt
+        return nats(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.Job, "validation_nats", interrupted)
+        broken = train(tmp_path)
+    assert len(broken.metrics) == occasion - 1 and complete(tmp_path) == [False]
+    same_result(run, root, train(tmp_path), tmp_path)
+
+
+FILES = ["config.json", "model.safetensors", "metrics.csv", "previous.state", "last.state"]
+RENAMES = [(file, occasion) for file in FILES for occasion in (1, 4 - (file[0] == "p"))]
+
+
+@pytest.mark.parametrize("file, occasion", RENAMES)
+def test_interrupted_while_saving(reference, tmp_path, monkeypatch, file, occasion):
+    """Ctrl-C at each rename: what comes back says of itself that it is not complete, and the next call makes it so."""
+    run, root = reference
+    rename, seen = os.replace, []
+
+    def interrupted(source, target):
+        seen.extend([target] * (Path(target).name == file))
+        if Path(target).name == file and len(seen) == occasion:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.os, "replace", interrupted)
+        broken = train(tmp_path)
+    assert not broken.summary["complete"] and complete(tmp_path) == [False]
+    same_result(run, root, train(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("file, occasion", [*RENAMES, ("run.json", 1), ("run.json", 2)])
 def test_killed_just_before_a_file_appears(reference, tmp_path, monkeypatch, file, occasion):
     """Death (no clean-up) at each rename: the next call still ends where the uninterrupted run does, metrics.csv included."""
     run, root = reference
     with killed_at_rename(monkeypatch, file, occasion):
         train(tmp_path)
-    resumed = train(tmp_path)
-    same_result(run, root, resumed, tmp_path)
-    assert pd.read_csv(resumed.path / "metrics.csv").step.tolist() == run.metrics.step.tolist()
-    again = train(tmp_path)
-    assert again.metrics.step.tolist() == run.metrics.step.tolist()
+    assert True not in complete(tmp_path)
+    same_result(run, root, train(tmp_path), tmp_path)
+    same_result(run, root, train(tmp_path), tmp_path)
 
 
 def test_killed_while_the_checkpoint_is_being_written(reference, tmp_path, monkeypatch):
     """Half a file under its final name would be refused by the next call; the last whole checkpoint must survive."""
     run, root = reference
-    seen = []
-    save_file = h.save_file
+    write, seen = Path.write_bytes, []
 
-    def half(tensors, path, metadata=None):
-        save_file(tensors, path, metadata=metadata)
-        seen.append(path)
-        if len(seen) == 3:
-            Path(path).write_bytes(Path(path).read_bytes()[:500])
-            raise Killed
+    def half(path, data):
+        seen.extend([path] * ("last.state" in path.name))
+        if len(seen) < 3:
+            return write(path, data)
+        write(path, data[:500])
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(h, "save_file", half)
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises(Killed):
             train(tmp_path)
     same_result(run, root, train(tmp_path), tmp_path)
 
 
-def test_interrupted_retraining_is_not_taken_for_complete(reference, tmp_path, interrupt_at, monkeypatch):
-    """LLADA_RETRAIN=1, interrupted after a checkpoint: the old final.json must not vouch for the new half-trained weights."""
+@pytest.mark.parametrize("step", [1, 4])
+def test_interrupted_retraining_is_not_taken_for_complete(reference, tmp_path, interrupt_at, monkeypatch, step):
+    """LLADA_RETRAIN=1, interrupted: the old record must not vouch for the new half-trained weights."""
     run, root = reference
     train(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(h, "tqdm", h.tqdm)
-        patch.setenv("LLADA_RETRAIN", "1")
-        interrupt_at(4)
-        train(tmp_path)
+    monkeypatch.setenv("LLADA_RETRAIN", "1")
+    interrupt_at(step)
+    broken = train(tmp_path)
+    assert complete(tmp_path) == [False] and len(broken.metrics) == (step - 1) // 2
     monkeypatch.undo()
     assert not os.environ.get("LLADA_RETRAIN")
     same_result(run, root, train(tmp_path), tmp_path)
@@ -285,12 +348,11 @@ t.train({root!r}, config=t.KILLED)
 
 
 def newest_step(folder):
-    """Of the checkpoints as they lie there; last.safetensors may be missing for a moment, between two renames."""
+    """Of the checkpoints as they lie there; last.state may be missing for a moment, between two renames."""
     steps = [0]
-    for name in ("last", "previous"):
-        for path in folder.glob(f"checkpoints/*/{name}.safetensors"):
-            with contextlib.suppress(OSError):
-                steps.append(read_state(path)[1]["step"])
+    for path in folder.glob("checkpoints/*/*.state"):
+        with contextlib.suppress(OSError):
+            steps.append(step_of(path))
     return max(steps)
 
 
@@ -320,28 +382,28 @@ def test_sigkill_at_random_moments_then_resume(tmp_path):
             child.kill()
         assert child.returncode == -signal.SIGKILL, errors.decode()[-2000:]
         step = newest_step(folder)
-    assert 0 < step < KILLED.steps and not list(folder.glob("runs/*/final.json"))
+    assert 0 < step < KILLED.steps and True not in complete(folder)
     resumed, whole = train(folder, config=KILLED), train(tmp_path / "whole", config=KILLED)
     same_result(whole, tmp_path / "whole", resumed, folder)
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run interrupted at step 5: last.safetensors is of step 4, previous.safetensors of step 2."""
+    """A run interrupted at step 5: last.state is of step 4, previous.state of step 2."""
     root = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(h, "tqdm", stops_at(5))
+        interrupt_in(patch, 5)
         train(root)
     return root
 
 
 @pytest.fixture
 def copy(stopped, tmp_path):
-    """A copy of it to damage: root, last.safetensors, previous.safetensors."""
+    """A copy of it to damage: root, last.state, previous.state."""
     root = shutil.copytree(stopped, tmp_path / "copy")
     (folder,) = root.glob("checkpoints/*")
-    last, previous = folder / "last.safetensors", folder / "previous.safetensors"
-    assert [read_state(p)[1]["step"] for p in (last, previous)] == [4, 2]
+    last, previous = folder / "last.state", folder / "previous.state"
+    assert [step_of(p) for p in (last, previous)] == [4, 2]
     return root, last, previous
 
 
@@ -349,48 +411,67 @@ def cut(keep):
     return lambda data: data[:keep]
 
 
-def flip_a_weight(data):
-    header = 8 + int.from_bytes(data[:8], "little")
-    middle = header + (len(data) - header) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+def flip(where):
+    """One flipped bit, at a share of the file."""
+
+    def flipped(data):
+        place = int(where * (len(data) - 1))
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+    return flipped
 
 
 def flip_in_the_notes(before, after):
-    """One flipped bit in the JSON text of the header, which says where to go on."""
+    """One flipped bit in the JSON text that says where to go on."""
 
-    def flip(data):
+    def flipped(data):
         assert data.count(before) == 1 and sum((a ^ b).bit_count() for a, b in zip(before, after)) == 1
         return data.replace(before, after)
 
-    return flip
+    return flipped
 
 
 DAMAGE = {
-    **{f"cut to {n}": cut(n) for n in (0, 5, 300, -10)},
-    "weight": flip_a_weight,
-    "step": flip_in_the_notes(rb'"meta":"{\"step\": 4', rb'"meta":"{\"step\": 6'),
-    "key": flip_in_the_notes(rb"\"fingerprint\"", rb"\"gingerprint\""),
+    **{f"cut to {n}": cut(n) for n in (0, 5, 32, 300, -10)},
+    **{name: flip(where) for name, where in {"checksum": 0, "header": 0.02, "weight": 0.5, "last byte": 1}.items()},
+    "step": flip_in_the_notes(b'"step": 4', b'"step": 6'),
+    "key": flip_in_the_notes(b'"fingerprint"', b'"gingerprint"'),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_passed_over_for_the_previous_one(reference, copy, damage):
-    (run, reference_root), (root, last, _) = reference, copy
+    (run, reference_root), (root, last, previous) = reference, copy
     last.write_bytes(DAMAGE[damage](last.read_bytes()))
-    with pytest.warns(UserWarning, match=rf"{re.escape(str(last))} is damaged.*step 2"):
+    with pytest.warns(UserWarning, match=rf"{re.escape(str(last))} is damaged.*the one before it"):
         resumed = train(root)
     same_result(run, reference_root, resumed, root)
+    assert [step_of(p) for p in (last, previous)] == [8, 6]
 
 
 @pytest.mark.parametrize("damage", ["cut to 0", "cut to -10", "weight"])
 def test_two_damaged_checkpoints_are_refused_by_name(copy, damage):
+    """The warning names one, the error the other; nothing is trained over them."""
     root, last, previous = copy
-    for path in (last, previous):
-        path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    with pytest.raises(ValueError, match=r"last\.safetensors") as error:
+    damaged = {path: DAMAGE[damage](path.read_bytes()) for path in (last, previous)}
+    for path, data in damaged.items():
+        path.write_bytes(data)
+    with pytest.warns(UserWarning, match=re.escape(str(last))), pytest.raises(ValueError, match="delete") as error:
         train(root)
-    assert str(last) in str(error.value) and "delete" in str(error.value)
-    assert not list(root.glob("runs/*/final.json"))
+    assert str(previous) in str(error.value)
+    assert complete(root) == [False] and {path: path.read_bytes() for path in damaged} == damaged
+    previous.unlink()
+    with pytest.raises(ValueError, match="delete") as error:
+        train(root)
+    assert str(last) in str(error.value)
+
+
+def test_without_checkpoints_it_begins_anew(reference, copy):
+    """What the message tells to do."""
+    (run, reference_root), (root, last, previous) = reference, copy
+    last.unlink()
+    previous.unlink()
+    same_result(run, reference_root, train(root), root)
 
 
 @pytest.mark.parametrize("occasion", [1, 2, 3])
@@ -398,7 +479,7 @@ def test_damaged_checkpoint_does_not_replace_the_sound_one(reference, copy, monk
     """A kill while a checkpoint after the damage is put in place must not leave the damaged one alone."""
     (run, reference_root), (root, last, _) = reference, copy
     last.write_bytes(flip_a_weight(last.read_bytes()))
-    with pytest.warns(UserWarning, match="damaged"), killed_at_rename(monkeypatch, "last.safetensors", occasion):
+    with pytest.warns(UserWarning, match="damaged"), killed_at_rename(monkeypatch, "last.state", occasion):
         train(root)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -417,20 +498,20 @@ def test_warning_points_at_the_caller(copy):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """The last.safetensors of a run that differs in its seed alone: all shapes are those of ours."""
+    """The last.state of a run that differs in its seed alone: all shapes are those of ours."""
     root = tmp_path_factory.mktemp("foreign")
-    return checkpoint(train(root, config=replace(CONFIG, seed=1)), root) / "last.safetensors"
+    return checkpoint(train(root, config=replace(CONFIG, seed=1)), root) / "last.state"
 
 
 def test_checkpoint_of_another_run_is_passed_over(reference, copy, foreign):
     (run, reference_root), (root, last, _) = reference, copy
     shutil.copy(foreign, last)
-    with pytest.warns(UserWarning, match=f"another run, {mark(config=replace(CONFIG, seed=1))}.*step 2"):
+    with pytest.warns(UserWarning, match=f"another run, {mark(config=replace(CONFIG, seed=1))}.*the one before it"):
         resumed = train(root)
     same_result(run, reference_root, resumed, root)
 
 
-@pytest.mark.parametrize("name", ["last.safetensors", "previous.safetensors"])
+@pytest.mark.parametrize("name", ["last.state", "previous.state"])
 def test_checkpoint_of_another_run_alone_is_refused(copy, foreign, name):
     root, last, previous = copy
     last.unlink()
@@ -441,21 +522,12 @@ def test_checkpoint_of_another_run_alone_is_refused(copy, foreign, name):
 
 
 def test_killed_between_the_two_renames_of_a_checkpoint(reference, tmp_path, monkeypatch):
-    """The moment when there is a previous.safetensors and no last.safetensors: no warning, no step lost but the last two."""
+    """The moment when there is a previous.state and no last.state: no warning, no step lost but the last two."""
     run, root = reference
-    rename = os.replace
-
-    def deadly(source, target):
-        rename(source, target)
-        if Path(target).name == "previous.safetensors":
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(h.os, "replace", deadly)
-        with pytest.raises(Killed):
-            train(tmp_path)
+    with killed_at_rename(monkeypatch, "previous.state", 1, after=True):
+        train(tmp_path)
     (folder,) = tmp_path.glob("checkpoints/*")
-    assert not (folder / "last.safetensors").exists() and read_state(folder / "previous.safetensors")[1]["step"] == 2
+    assert not (folder / "last.state").exists() and step_of(folder / "previous.state") == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed = train(tmp_path)
@@ -493,77 +565,82 @@ def test_fingerprint_is_stable():
         {"train_ids": torch.cat((TRAIN_IDS[:-1], TRAIN_IDS[-1:] % 6 + 4))},
         {"val_ids": VAL_IDS.flip(0)},
         {"make_batch": h.next_token_batch},
-        {"learned": h.response_tokens},
+        {"make_batch": polynomial(2)},
+        {"make_batch": polynomial(3)},
+        {"learned": response_tokens},
         {"config": replace(CONFIG, accumulation=2)},
-        {"config": replace(CONFIG, muon_lr=0.0), "architecture": h.PostNormEncoder},
+        {"architecture": TimeConditioned},
+        {"architecture": LearnedPositions},
         {"train_ids": torch.cat((TRAIN_IDS, VAL_IDS[:20])), "val_ids": VAL_IDS[20:]},
     ],
     ids=[
         *("steps", "seed", "rate", "causal", "dropout", "rotary base", "attention scale", "training data", "validation data"),
-        *("batch", "learned tokens", "accumulation", "architecture", "split point"),
+        *("batch", "one power", "another power", "learned tokens", "accumulation", "time", "positions", "split point"),
     ],
 )
-def test_fingerprint_changes_with(change):
-    assert mark(**change) != mark()
+def test_fingerprint_changes_with(change, marks_seen=set()):  # noqa: B006
+    marks_seen.add(mark())
+    assert mark(**change) not in marks_seen, "nor are two changes alike"
+    marks_seen.add(mark(**change))
 
 
-@contextlib.contextmanager
-def imported(path):
-    """The helper out of another file."""
-    spec = importlib.util.spec_from_file_location("edited_helpers", path)
-    sys.modules["edited_helpers"] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules["edited_helpers"]
+def test_fingerprint_changes_with_the_named_version_of_the_code(monkeypatch):
+    before = mark(), mark(make_batch=masked_mean)
+    monkeypatch.setattr(h, "TRAINING_PATH", h.TRAINING_PATH + "x")
+    assert not {*before} & {mark(), mark(make_batch=masked_mean)}
 
 
-def mark_of_edited(tmp_path, edits):
-    """The fingerprint of one job, by the helper with `edits`, pairs (regular expression, replacement)."""
-    source = Path(h.__file__).read_text()
-    for old, new in edits:
-        source, count = re.subn(old, new, source)
-        assert count, "the line that this test edits has changed"
-    (tmp_path / "edited.py").write_text(source)
-    with imported(tmp_path / "edited.py") as edited:
-        model, config = edited.ModelConfig(10, 8, 1, 2, 8, dropout=0.1), edited.TrainConfig(8, 4, evals=4, eval_windows=4)
-        functions = {"make_batch": edited.masked_mean, "learned": edited.response_tokens}
-        return mark(model=model, config=config, module=edited, **functions)
+def test_fingerprint_changes_with_the_power_of_the_schedule_where_it_is_used(monkeypatch):
+    before = mark(), mark(make_batch=h.next_token_batch), mark(make_batch=polynomial(2))
+    monkeypatch.setattr(h, "POWER", h.POWER + 0.25)
+    after = mark(), mark(make_batch=h.next_token_batch), mark(make_batch=polynomial(2))
+    assert [a == b for a, b in zip(before, after)] == [False, True, True]
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        (r"< t\[:, None\]\) & maskable", "<= t[:, None]) & maskable"),
-        (r"b, c = 3\.4445", "b, c = 3.4444"),
-        (r"\(a \* cos \+ b \* sin,", "(a * cos - b * sin,"),
-        (r"\(separators\.cumsum\(dim=1\) > 0\)", "(separators.cumsum(dim=1) >= 0)"),
-        (r"1 - torch\.rand\(len\(sequences\), generator=generator\)", "torch.ones(len(sequences))"),
-        (r"return torch\.rand\(shape, generator=generator, device=device, dtype=dtype\)", "return torch.zeros(shape)"),
-    ],
-    ids=["forward process", "Muon", "rotation", "learned tokens", "times of the batch function", "random numbers"],
+# What decides the weights that a training ends with, and its code without comments, docstrings and white space.
+DECIDES = (
+    *(h._uniform, h.forward_process, h.stratified_times, h.windows, h._rms_norm, h._rotate, h.Block, h.Transformer),
+    *(h.diffusion_batch, h.next_token_batch, h.real_tokens, h.weighted_nll, h.orthogonalize, h.Muon, h.make_optimizer),
+    *(h.learning_rate_factor, h.training_batch, h.micro_batches, h.training_loop, h.train, h.Job.validation_sequences),
+    *(h.Job.validation_nats, h.ar_nll, h._nll, h.exact_masks, h.nelbo),
 )
-def test_fingerprint_changes_with_the_code_of_the_training_path(tmp_path, old, new):
-    """Else a run trained by other code would be loaded as if it were this code's."""
-    assert mark_of_edited(tmp_path, [(old, new)]) != mark(make_batch=h.masked_mean, learned=h.response_tokens)
+SHA256_OF_TRAINING_PATH = {"1": "?"}
 
 
-def test_fingerprint_stays_with_other_words(tmp_path):
-    """Comments and docstrings do not make another training."""
-    edits = [(r"Pre-norm attention and a", "Attention and then a"), (r"\n    a, b, c = 3\.4445", r"\n    # Three numbers.\g<0>")]
-    assert mark_of_edited(tmp_path, edits) == mark(make_batch=h.masked_mean, learned=h.response_tokens)
+def code_of(thing):
+    """The tokens that count, joined: the same on every version of Python."""
+    kept, beginning = [], True  # of a logical line: a string there is a docstring
+    for kind, text, *_ in tokenize.generate_tokens(io.StringIO(textwrap.dedent(inspect.getsource(thing))).readline):
+        if kind in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if not (kind == tokenize.STRING and beginning):
+            kept.append(text)
+        beginning = kind in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    return re.sub(r"\s", "", "".join(kept))
 
 
-def test_fingerprint_is_of_the_code_that_runs_not_of_the_file_as_it_was_edited_since(tmp_path):
-    """Ablations run for hours: an edit meanwhile must not put other code's mark (or half a function's) on their results."""
-    path = tmp_path / "edited.py"
-    shutil.copy(h.__file__, path)
-    with imported(path) as module:
-        path.write_text("# A line more.\n" * 7 + path.read_text())
-        assert mark(module=module) == mark()
-        path.write_text("")
-        assert mark(module=module) == mark()
+def test_a_change_of_the_training_path_is_noticed():
+    """Runs are known by TRAINING_PATH, not by the code: somebody must decide whether old ones still count."""
+    sha256 = hashlib.sha256("".join(map(code_of, DECIDES)).encode()).hexdigest()
+    assert {h.TRAINING_PATH: sha256} == SHA256_OF_TRAINING_PATH, (
+        f"The code that trains has changed. If a training now ends with other weights, raise TRAINING_PATH in llada_helpers.py; "
+        f'then renew SHA256_OF_TRAINING_PATH here: {{h.TRAINING_PATH: "{sha256}"}}'
+    )
+
+
+def test_only_code_counts_for_it(tmp_path):
+    def one(x):
+        """Docstring."""
+        return f"{x + 1} ab"  # comment
+
+    def two(x):
+        return f"{x + 1} ab"
+
+    def three(x):
+        return f"{x - 1} ab"
+
+    codes = [code_of(f).replace("one", "two").replace("three", "two") for f in (one, two, three)]
+    assert codes == ['deftwo(x):returnf"{x+1}a""b"'] * 2 + ['deftwo(x):returnf"{x-1}a""b"']
 
 
 def trained_like(model, seed=0):
@@ -598,13 +675,28 @@ def test_infinite_loss_names_the_step_and_keeps_the_good_checkpoint(tmp_path):
         return inputs, targets, weight * (math.inf if len(calls) == 5 else 1)
 
     calls = []
-    with pytest.raises(RuntimeError, match=r"step 6\b.*last\.safetensors") as error:
+    with pytest.raises(RuntimeError, match=r"'step': 6\b.*last\.state") as error:
         train(tmp_path, make_batch=poisoned)
     assert "lower" in str(error.value), "it says what to do"
-    (path,) = tmp_path.glob("checkpoints/*/last.safetensors")
-    tensors, meta = read_state(path)
-    assert meta["step"] == 4 and all(v.isfinite().all() for v in tensors.values())
-    assert not list(tmp_path.glob("runs/*/final.json"))
+    (path,) = tmp_path.glob("checkpoints/*/last.state")
+    tensors, rows = read_state(path)
+    assert rows[-1]["step"] == 4 and all(v.isfinite().all() for v in tensors.values())
+    assert complete(tmp_path) == [False]
+
+
+def test_infinite_loss_in_the_last_steps_is_not_complete(tmp_path):
+    """All steps were made; the next call goes on from the good checkpoint, and is refused again."""
+
+    def poisoned(sequences, generator, learned):
+        inputs, targets, weight = h.diffusion_batch(sequences, generator, learned)
+        return inputs, targets, weight * (math.inf if generator.initial_seed() == CONFIG.steps - 1 else 1)
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"'step': 8\b"):
+            train(tmp_path, make_batch=poisoned)
+        assert complete(tmp_path) == [False]
+    (path,) = tmp_path.glob("checkpoints/*/last.state")
+    assert step_of(path) == 6
 
 
 EXPLOSIVE = replace(CONFIG, steps=40, evals=20, adamw_lr=30.0, warmup=1.0)
@@ -612,25 +704,24 @@ EXPLOSIVE = replace(CONFIG, steps=40, evals=20, adamw_lr=30.0, warmup=1.0)
 
 def test_exploding_training_stops(tmp_path):
     """A finite loss far above that of a blank model: nothing more is learned, and the message says where it happened."""
-    with pytest.raises(RuntimeError, match=r"at step (\d+), learning rates (\S+) \(Muon\) and (\S+) \(AdamW\)") as error:
+    with pytest.raises(RuntimeError, match="lower") as error:
         train(tmp_path, config=EXPLOSIVE)
-    step, muon, adamw = re.search(r"at step (\d+), learning rates (\S+) \(Muon\) and (\S+) \(AdamW\)", str(error.value)).groups()
-    factor = h.learning_rate_factor(int(step) - 1, EXPLOSIVE)
-    assert float(muon) == pytest.approx(0.02 * factor, rel=1e-2) and float(adamw) == pytest.approx(30 * factor, rel=1e-2)
-    (path,) = tmp_path.glob("checkpoints/*/last.safetensors")
-    assert str(path) in str(error.value) and "lower" in str(error.value)
-    assert 0 < read_state(path)[1]["step"] < int(step)
+    step, factor, muon, adamw = re.search(r"'step': (\d+).* (\S+) x (\S+) and (\S+);", str(error.value)).groups()
+    assert float(factor) == pytest.approx(h.learning_rate_factor(int(step) - 1, EXPLOSIVE), rel=1e-2)
+    assert (float(muon), float(adamw)) == (EXPLOSIVE.muon_lr, EXPLOSIVE.adamw_lr)
+    (path,) = tmp_path.glob("checkpoints/*/last.state")
+    assert str(path) in str(error.value) and 0 < step_of(path) < int(step)
     (folder,) = tmp_path.glob("runs/*")
-    assert not (folder / "final.json").exists()
+    assert complete(tmp_path) == [False]
     assert pd.read_csv(folder / "metrics.csv").val_loss.max() < 3 * math.log(10)
 
 
 def test_exploding_at_the_first_validation_names_no_checkpoint(tmp_path):
     """There is none yet."""
-    with pytest.raises(RuntimeError, match="at step 2") as error:
+    with pytest.raises(RuntimeError, match="'step': 2.*no checkpoint") as error:
         train(tmp_path, config=replace(EXPLOSIVE, warmup=0.0))
-    assert not list(tmp_path.glob("checkpoints/*/*.safetensors"))
-    assert "last.safetensors" not in str(error.value)
+    assert not list(tmp_path.glob("checkpoints/*/*.state"))
+    assert "last.state" not in str(error.value)
 
 
 @pytest.mark.parametrize("sizes", [{"steps": 0}, {"batch_size": 0}, {"evals": 0}, {"accumulation": 0}, {"eval_windows": 0}])
@@ -648,7 +739,7 @@ def test_more_validations_than_steps(tmp_path):
 @pytest.mark.parametrize("make_batch", [h.diffusion_batch, h.next_token_batch])
 def test_batch_is_a_function_of_seed_and_step_alone(make_batch):
     def batch(seed, step):
-        return h.training_batch(TRAIN_IDS, 8, 4, seed, step, make_batch, h.real_tokens)
+        return h.training_batch(job_of(replace(CONFIG, seed=seed), make_batch=make_batch), step)
 
     first = batch(0, 3)
     torch.manual_seed(99)
@@ -661,10 +752,10 @@ def test_batch_is_a_function_of_seed_and_step_alone(make_batch):
 
 def test_batch_rows_are_windows_of_the_text_at_every_offset():
     """Also the very last window is drawn: off-by-one here would never train on the end of the text."""
-    ids = torch.arange(4, 16)
+    job = job_of(model=replace(MODEL, seq_len=5), train_ids=torch.arange(4, 16))
     starts = set()
     for step in range(60):
-        _, targets, _ = h.training_batch(ids, 5, 4, 0, step, h.diffusion_batch, h.real_tokens)
+        _, targets, _ = h.training_batch(job, step)
         for row in targets:
             assert row.tolist() == list(range(int(row[0]), int(row[0]) + 5))
             starts.add(int(row[0]))
@@ -672,8 +763,8 @@ def test_batch_rows_are_windows_of_the_text_at_every_offset():
 
 
 def test_text_shorter_than_a_window_is_padded():
-    _, targets, weight = h.training_batch(torch.tensor([5, 6]), 4, 3, 0, 0, h.diffusion_batch, h.real_tokens)
-    assert targets.tolist() == [[5, 6, 0, 0]] * 3 and (weight[:, 2:] == 0).all()
+    _, targets, weight = h.training_batch(job_of(model=replace(MODEL, seq_len=4), train_ids=torch.tensor([5, 6])), 0)
+    assert targets.tolist() == [[5, 6, 0, 0]] * 4 and (weight[:, 2:] == 0).all()
 
 
 def test_learning_rate_rises_then_falls_and_is_never_zero():
@@ -695,10 +786,45 @@ def test_orthogonalize_gives_singular_values_near_one():
         assert cosine > 0.7, "toward the nearest, not any, orthogonal matrix"
 
 
-def test_every_parameter_is_in_exactly_one_optimizer():
-    model = h.Transformer(h.ModelConfig(10, 8, 2, 2, 8, time_conditioning=True))
-    held = [id(p) for o in h.make_optimizers(model, CONFIG) for g in o.param_groups for p in g["params"]]
+@pytest.mark.parametrize("architecture", [h.Transformer, TimeConditioned, LearnedPositions])
+def test_every_parameter_is_in_exactly_one_group(architecture):
+    """Muon has the blocks' own matrices, whatever else is in them."""
+    model = architecture(h.ModelConfig(10, 8, 2, 2, 8))
+    groups = h.make_optimizer(model, CONFIG).param_groups
+    held = [id(p) for g in groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
+    matrices = {id(p) for name, p in model.named_parameters() if re.search(r"(qkv|attention_out|mlp_in|mlp_out)\.weight", name)}
+    assert {id(p) for g in groups if "parts" in g for p in g["params"]} == matrices and len(matrices) == 8
+    assert {(g["lr"], g["peak"]) for g in groups if "parts" in g} == {(CONFIG.muon_lr,) * 2}
+    assert {(g["lr"], g["peak"]) for g in groups if "parts" not in g} == {(CONFIG.adamw_lr,) * 2}
+
+
+def test_muon_is_nesterov_momentum_orthogonalised_matrix_by_matrix():
+    """Written out for one matrix at a time, three steps; what is left is torch's own AdamW."""
+    config = replace(CONFIG, weight_decay=0.1)
+    model = trained_like(replace(STEADY, n_layer=2))
+    optimizer, momentum = h.make_optimizer(model, config), {}
+    plain = torch.optim.AdamW(
+        [model.embed.weight.detach().clone(), model.head.weight.detach().clone()], 3e-3, (0.9, 0.98), weight_decay=0.1
+    )
+    matrices = {name: p.detach().clone() for name, p in model.blocks.named_parameters()}
+    for step in range(3):
+        model.zero_grad()
+        h.weighted_nll(model, *h.training_batch(job_of(config, STEADY), step)).backward()
+        for p, twin in zip((model.embed.weight, model.head.weight), plain.param_groups[0]["params"]):
+            twin.grad = p.grad.clone()
+        for name, p in model.blocks.named_parameters():
+            momentum[name] = 0.95 * momentum.get(name, 0) + 0.05 * p.grad
+            nesterov = 0.95 * momentum[name] + 0.05 * p.grad
+            parts = [h.orthogonalize(part[None])[0] for part in nesterov.chunk(3 if "qkv" in name else 1)]
+            scale = max(1, len(parts[0]) / parts[0].shape[1]) ** 0.5
+            matrices[name] = matrices[name] * (1 - config.muon_lr * 0.1) - config.muon_lr * scale * torch.cat(parts)
+        optimizer.step()
+        plain.step()
+    for name, p in model.blocks.named_parameters():
+        assert torch.allclose(p, matrices[name], atol=1e-4), name
+    for p, twin in zip((model.embed.weight, model.head.weight), plain.param_groups[0]["params"]):
+        assert torch.allclose(p, twin, atol=1e-5)
 
 
 def test_validation_counts_real_tokens_only_and_repeats_itself():
@@ -713,14 +839,14 @@ def test_validation_counts_real_tokens_only_and_repeats_itself():
 def test_validation_counts_the_response_alone():
     """A uniform model pays ln V for each response token; the exact AR model sees the prompt and is not asked for it."""
     rows = torch.tensor([[4, 5, 6, 2, 7, 8, 3, 0], [9, 2, 5, 3, 0, 0, 0, 0], [4, 4, 4, 4, 4, 4, 2, 3]])
-    learned, counts = h.response_tokens(rows), torch.tensor([3.0, 2.0, 1.0])
+    learned, counts = response_tokens(rows), torch.tensor([3.0, 2.0, 1.0])
     seen = []
 
     def uniform(ids):
         seen.append(ids)
         return torch.zeros(*ids.shape, 10)
 
-    nats = h.validation_nats(uniform, rows, learned, autoregressive=False)
+    nats = job_of(learned=response_tokens).validation_nats(uniform, rows)
     assert torch.allclose(nats, counts * math.log(10), atol=1e-4)
     masked = torch.cat(seen)
     where = learned.repeat(len(masked) // len(rows), 1)
@@ -729,7 +855,8 @@ def test_validation_counts_the_response_alone():
     with torch.no_grad():
         logp = model(torch.cat((torch.full((3, 1), h.START_ID), rows[:, :-1]), dim=1)).log_softmax(-1)
     expected = -(logp.gather(2, rows[..., None])[..., 0] * learned).sum(dim=1)
-    assert torch.allclose(h.validation_nats(model, rows, learned, autoregressive=True), expected, atol=1e-4)
+    nats = job_of(model=replace(STEADY, causal=True), learned=response_tokens).validation_nats(model, rows)
+    assert torch.allclose(nats, expected, atol=1e-4)
 
 
 @st.composite
@@ -748,9 +875,11 @@ def conversations(draw):
 def test_prompt_is_never_masked_and_never_counted(rows, step, batch_size):
     known = {tuple(row) for row in rows.tolist()}
     for make_batch in (h.diffusion_batch, h.next_token_batch):
-        inputs, targets, weight = h.training_batch(rows, 9, batch_size, 0, step, make_batch, h.response_tokens)
+        config, model = replace(CONFIG, batch_size=batch_size), replace(MODEL, seq_len=9)
+        job = job_of(config, model, train_ids=rows, make_batch=make_batch, learned=response_tokens)
+        inputs, targets, weight = h.training_batch(job, step)
         assert len(targets) == batch_size and {tuple(row) for row in targets.tolist()} <= known, "rows are taken whole"
-        response = h.response_tokens(targets)
+        response = response_tokens(targets)
         assert (weight >= 0).all() and (weight[~response] == 0).all() and weight.isfinite().all()
         if make_batch is h.diffusion_batch:
             assert torch.equal(inputs[~response], targets[~response])
@@ -763,7 +892,8 @@ def test_prompt_is_never_masked_and_never_counted(rows, step, batch_size):
 
 def test_every_row_of_the_data_is_drawn():
     rows = torch.arange(4, 4 + 7 * 5).view(7, 5)
-    drawn = [h.training_batch(rows, 5, 3, 0, step, h.diffusion_batch, h.real_tokens)[1] for step in range(40)]
+    job = job_of(replace(CONFIG, batch_size=3), replace(MODEL, seq_len=5), train_ids=rows)
+    drawn = [h.training_batch(job, step)[1] for step in range(40)]
     assert torch.equal(torch.cat(drawn).unique(dim=0), rows)
 
 
@@ -779,10 +909,11 @@ def test_training_on_rows_learns_the_response(tmp_path, causal):
     config = h.TrainConfig(steps=150, batch_size=32, evals=3, eval_windows=40)
     rows, held_out = responses(60, 0), responses(40, 1)
     model = replace(STEADY, causal=causal, n_embd=32)
-    run = h.train("sft", h.Job(model, config, rows, held_out, learned=h.response_tokens), root=tmp_path)
+    job = {"config": config, "model": model, "train_ids": rows, "val_ids": held_out, "learned": response_tokens}
+    run = train(tmp_path, **job)
     assert run.metrics.tokens.iloc[-1] == 150 * 32 * 8
     assert run.summary["best"] < math.log(6) / 4
-    assert run.summary["best"] == pytest.approx(val_loss(run.model, held_out, h.response_tokens, causal), abs=1e-5)
+    assert run.summary["best"] == pytest.approx(val_loss(run.model, held_out, **job), abs=1e-5)
 
 
 @pytest.mark.parametrize("rows", [TRAIN_IDS[:72].view(9, 8), TRAIN_IDS[:24].view(3, 8)])
@@ -816,11 +947,11 @@ def test_interrupted_training_from_a_start_goes_on(tmp_path, interrupt_at, monke
 ADAMW = replace(CONFIG, muon_lr=0.0)
 KINDS = {
     "AdamW alone": {"config": ADAMW},
-    "learned positions": {"model": replace(MODEL, rotary_base=None)},
+    "learned positions": {"architecture": LearnedPositions},
     "causal attention with the diffusion loss": {"model": replace(MODEL, causal=True), "make_batch": h.diffusion_batch},
     "autoregressive": {"model": replace(MODEL, causal=True)},
-    "time conditioning": {"model": replace(MODEL, time_conditioning=True)},
-    "post-norm": {"config": ADAMW, "model": STEADY, "architecture": h.PostNormEncoder},
+    "time conditioning": {"architecture": TimeConditioned},
+    "post-norm": {"config": ADAMW, "model": STEADY, "architecture": PostNormEncoder},
     "micro-batches": {"config": replace(CONFIG, accumulation=2)},
 }
 
@@ -828,14 +959,14 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_is_resumed_saved_and_loaded(tmp_path, interrupt_at, monkeypatch, kind):
     whole = train(tmp_path / "whole", **KINDS[kind])
-    causal_loss = kind == "autoregressive"
-    assert job_of(**KINDS[kind]).autoregressive is causal_loss
-    rows = job_of(**KINDS[kind]).validation_sequences()
-    assert val_loss(whole.model, rows, autoregressive=causal_loss) == pytest.approx(whole.summary["best"], abs=1e-5)
-    with monkeypatch.context():
-        interrupt_at(5)
-        train(tmp_path / "broken", **KINDS[kind])
-        monkeypatch.undo()
+    job = job_of(**KINDS[kind])
+    assert job.batch_function is (h.next_token_batch if kind == "autoregressive" else h.diffusion_batch)
+    assert type(whole.model) is job.architecture
+    rows = job.validation_sequences()
+    assert val_loss(whole.model, rows, **KINDS[kind]) == pytest.approx(whole.summary["best"], abs=1e-5)
+    interrupt_at(5)
+    train(tmp_path / "broken", **KINDS[kind])
+    monkeypatch.undo()
     same_result(whole, tmp_path / "whole", train(tmp_path / "broken", **KINDS[kind]), tmp_path / "broken")
     again = train(tmp_path / "whole", **KINDS[kind])
     assert again.summary == whole.summary and again.model.config == whole.model.config
@@ -850,11 +981,11 @@ def test_every_kind_of_training_learns(tmp_path, kind):
     assert train(tmp_path, **change, train_ids=ids, val_ids=ids[:30]).metrics.val_loss.iloc[-1] < 0.5
 
 
-def test_without_muon_there_is_one_optimizer_for_everything():
-    model = h.Transformer(replace(MODEL, time_conditioning=True, rotary_base=None))
-    (optimizer,) = h.make_optimizers(model, ADAMW)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+@pytest.mark.parametrize("architecture", [h.Transformer, TimeConditioned, LearnedPositions, PostNormEncoder])
+def test_without_muon_there_is_adamw_for_everything(architecture):
+    model = architecture(MODEL)
+    (group,) = h.make_optimizer(model, ADAMW).param_groups
+    assert "parts" not in group and {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
 
 
 PADDED = h.windows(TRAIN_IDS[:150], 8).masked_fill(torch.arange(8) >= torch.arange(1, 20)[:, None], h.PAD_ID)  # 1, 2, ... real
@@ -940,10 +1071,10 @@ def test_two_processes_train_what_one_does(two_processes, one_process, monkeypat
     run = h.train(name, SHARED[name], root=root)
     assert run.path == folder
     same_up_to_rounding(run, one_process[name])
-    (state,) = root.glob(f"checkpoints/{name}-*/last.safetensors")
-    (alone,) = one_process[name].path.parents[1].glob(f"checkpoints/{name}-*/last.safetensors")
-    (tensors, meta), (tensors_alone, meta_alone) = read_state(state), read_state(alone)
-    assert tensors.keys() == tensors_alone.keys() and meta["step"] == meta_alone["step"]
+    (state,) = root.glob(f"checkpoints/{name}-*/last.state")
+    (alone,) = one_process[name].path.parents[1].glob(f"checkpoints/{name}-*/last.state")
+    (tensors, rows), (tensors_alone, rows_alone) = read_state(state), read_state(alone)
+    assert tensors.keys() == tensors_alone.keys() and len(rows) == len(rows_alone) and rows[-1]["step"] == 8
     assert all(torch.allclose(tensors[k], tensors_alone[k], atol=1e-4) for k in tensors)
 
 
@@ -961,42 +1092,64 @@ def test_batch_that_two_processes_cannot_share_is_refused(two_processes):
     assert not (root / "refused").exists()
 
 
-class OneProcess:
-    """What `optimizer_step` needs of an Accelerator, with or without loss scaling."""
-
-    num_processes, process_index, device = 1, 0, torch.device("cpu")
-
-    def __init__(self, scaler=None):
-        self.scaler = scaler
-
-    def backward(self, loss):
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-
-    def reduce(self, value, _):
-        return value
-
-
-def test_both_optimizers_step_under_one_loss_scale():
-    """fp16 scales the loss; the scale must be taken out of both optimizers' gradients exactly once, and updated once."""
-    ends = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
-        torch.manual_seed(0)
-        model = h.Transformer(h.ModelConfig(10, 8, 1, 2, 8))
-        optimizers, norms = h.make_optimizers(model, CONFIG), []
-        for step in range(3):
-            batch = h.training_batch(TRAIN_IDS, 8, 4, 0, step, h.diffusion_batch, h.real_tokens)
-            norms.append(float(h.optimizer_step(OneProcess(scaler), model, optimizers, batch, CONFIG)[1]))
-        ends.append((norms, [p.detach().clone() for p in model.parameters()]))
-    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
-    for plain, scaled in zip(ends[0][1], ends[1][1]):
-        assert torch.allclose(plain, scaled, atol=1e-6)
+def loop(monkeypatch, job, scaler=None):
+    """Three steps of the loop itself under a loss scale; the gradient norms and the parameters at the end."""
+    torch.manual_seed(0)
+    accelerator, norms = h.Accelerator(cpu=True), []
+    accelerator.scaler = scaler
+    model = h.Transformer(job.model)
+    network, optimizer = accelerator.prepare(model, h.make_optimizer(model, job.train))
+    log = SimpleNamespace(steps_left=lambda: range(3), losses=[], eval_steps={1, 2, 3}, validate=norms.append, save=int)
+    with monkeypatch.context() as patch:
+        if scaler:
+            patch.setattr(accelerator, "native_amp", True)
+            patch.setattr(h.Accelerator, "mixed_precision", "fp16")
+        h.training_loop(network, optimizer, job, accelerator, log)
+    return [float(norm) for norm in norms], [p.detach().clone() for p in model.parameters()], optimizer
 
 
-def test_an_overflow_skips_the_step_and_lowers_the_scale():
+@pytest.mark.parametrize("config", [CONFIG, ADAMW], ids=["Muon and AdamW", "AdamW alone"])
+def test_one_loss_scale_for_muon_and_adamw(monkeypatch, config):
+    """fp16 scales the loss; the scale must be taken out of all gradients exactly once, before they are clipped."""
+    job = job_of(config, STEADY)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    norms, plain, _ = loop(monkeypatch, job)
+    norms_scaled, scaled, optimizer = loop(monkeypatch, job, scaler)
+    assert scaler.get_scale() == 2.0**11, "it was updated once a step"
+    assert norms == pytest.approx(norms_scaled, rel=1e-5) and not optimizer.step_was_skipped
+    for p, q in zip(plain, scaled):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_an_overflow_skips_the_step_and_lowers_the_scale(monkeypatch):
+    """Neither Muon's part nor AdamW's moves."""
+
+    def infinite(sequences, generator, learned):
+        inputs, targets, weight = h.diffusion_batch(sequences, generator, learned)
+        return inputs, targets, weight * math.inf
+
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    model = h.Transformer(h.ModelConfig(10, 8, 1, 2, 8))
-    before = [p.detach().clone() for p in model.parameters()]
-    inputs, targets, weight = h.training_batch(TRAIN_IDS, 8, 4, 0, 0, h.diffusion_batch, h.real_tokens)
-    batch = inputs, targets, weight * math.inf
-    h.optimizer_step(OneProcess(scaler), model, h.make_optimizers(model, CONFIG), batch, CONFIG)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and scaler.get_scale() < 2.0**10
+    _, after, optimizer = loop(monkeypatch, job_of(model=STEADY, make_batch=infinite), scaler)
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(h.Transformer(STEADY).parameters(), after))
+    assert optimizer.step_was_skipped and scaler.get_scale() == 2.0**7
+
+
+def test_a_resumed_loss_scale_is_where_it_was(reference, tmp_path, monkeypatch):
+    """What a GPU without bfloat16 needs to go on exactly."""
+
+    def with_scaler(*given, **options):
+        accelerator = accelerate(*given, **options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        made.append(accelerator)
+        return accelerator
+
+    accelerate, made = h.Accelerator, []
+    monkeypatch.setattr(h, "Accelerator", with_scaler)
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 6)
+        train(tmp_path, model=STEADY)
+    train(tmp_path, model=STEADY)
+    train(tmp_path / "whole", model=STEADY)
+    scales = [accelerator.scaler.state_dict() for accelerator in made]
+    assert scales[1] == scales[2] != scales[0]

@@ -1,4 +1,4 @@
-"""The denoising viewer, the race and the animated pictures, as far as Python can see them; test_browser.py has the rest."""
+"""Pages, frames, the denoising viewer and the film strip, as far as Python can see them; test_browser.py has the rest."""
 
 import html
 import json
@@ -10,9 +10,11 @@ import torch
 from ipywidgets.embed import embed_data
 
 import llada_helpers as h
+from beyond import decoding as d
 
 TEXT = "To <b>be</b> & not\nto be"
 TOKENIZER = h.CharTokenizer.from_text(TEXT)
+MASKED, NEW, SETTLED, DOUBTFUL = 0, 1, 2, (3, 4, 5)
 
 
 def predict(ids):
@@ -21,22 +23,35 @@ def predict(ids):
     return torch.randn(*ids.shape, TOKENIZER.vocab_size, generator=generator)
 
 
-def generation(rows: int = 1, **options) -> h.Generation:
+def generation(rows: int = 1, revisions: int = 0, **options) -> h.Generation:
     template = torch.full((rows, 24), h.MASK_ID)
     template[:, :3] = TOKENIZER.encode("To ")
-    options = {"steps": 7, "temperature": 1.0, "forbidden": (0, 2, 3), "generator": torch.Generator().manual_seed(1), **options}
-    return h.reverse_process(predict, template, mask_id=h.MASK_ID, **options)
+    sampled = {"temperature": 1.0, "forbidden": (0, 2, 3), "generator": torch.Generator().manual_seed(1)}
+    made = h.reverse_process(predict, template, mask_id=h.MASK_ID, **{"steps": 7, **sampled, **options})
+    return d.revise(predict, made, mask_id=h.MASK_ID, passes=revisions, **sampled) if revisions else made
 
 
-def written_by_hand(text: str = TEXT) -> h.Generation:
+def written_by_hand(text: str = TEXT, confidence: torch.Tensor | None = None) -> h.Generation:
     """Two characters given, then one per pass, from the end."""
     order = torch.arange(len(text)).flip(0)
     order[:2] = -1
-    return h.Generation(TOKENIZER.encode(text)[None], order[None], len(text) - 2)
+    return h.Generation(TOKENIZER.encode(text)[None], order[None], len(text) - 2, confidence)
+
+
+def states(page: list) -> list[int]:
+    return [state for line in page for _, state in line]
 
 
 def plain(frame: str) -> str:
-    return html.unescape(re.sub(r"</?[iu]>", "", re.search("<pre>(.*)</pre>", frame, flags=re.S).group(1)))
+    return html.unescape(re.sub(r"</?[ius]\b[^>]*>", "", re.search("<pre>(.*)</pre>", frame, flags=re.S).group(1)))
+
+
+def numbers(frame: str) -> list[str]:
+    """Passes, passes in all, characters, characters in all, t."""
+    return re.search(r"pass (\d+) of (\d+) · (\d+) of (\d+) characters · t = (\d\.\d\d)<", frame).groups()
+
+
+# --- pages ---
 
 
 @pytest.mark.parametrize(
@@ -45,41 +60,68 @@ def plain(frame: str) -> str:
         {},
         {"steps": 100},
         {"remasking": "ancestral", "steps": 30},
-        {"threshold": 0.3},
-        {"remasking": "entropy", "entropy_bound": 0.5},
+        {"remasking": d.threshold(0.3), "steps": 1},
+        {"remasking": d.entropy_bound(0.5), "steps": 1},
+        {"remasking": d.threshold(0.3), "steps": 3, "block_length": 7},
         {"revisions": 3},
         {"remasking": "ancestral", "steps": 30, "revisions": 2},
         {"rows": 3, "remasking": "ancestral"},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(f"{k}={getattr(v, '__qualname__', v)}" for k, v in options.items()) or "plain",
 )
 def test_a_page_for_each_forward_pass_and_one_before(options):
     made = generation(**options)
+    pages, frames = h.pages(made, TOKENIZER), h.frames(made, TOKENIZER)
+    assert len(pages) == len(frames) == made.nfe + 1
+    said = [numbers(frame) for frame in frames]
+    assert [(k, n) for k, n, *_ in said] == [(str(k), str(made.nfe)) for k in range(made.nfe + 1)]
+    assert said[0][2:] == ("0", "21", "1.00") and said[-1][2:] == ("21", "21", "0.00")
+    assert [int(written) for _, _, written, _, _ in said] == sorted(int(written) for _, _, written, _, _ in said)
+    for page, (_, _, written, _, t) in zip(pages, said):
+        assert states(page).count(MASKED) == 21 - int(written) and f"{1 - int(written) / 21:.2f}" == t
+
+
+def test_revisions_are_pages_of_their_own():
+    """What a revision changed is new on its page, and settled on the next."""
+    made = generation(revisions=3, remasking="random")
     pages = h.pages(made, TOKENIZER)
-    assert len(pages) == made.nfe + 1
-    assert [page.passes for page in pages] == [(k, made.nfe) for k in range(made.nfe + 1)]
-    assert pages[0].step == 0 and pages[0].written == (0, 21) and pages[-1].written == (21, 21)
-    assert [page.step for page in pages] == sorted({page.step for page in pages})
+    for step, page in zip(made.steps()[-3:], pages[-3:]):
+        changed = made.state_after(step)[0] != made.state_after(step - 1)[0]
+        assert [state == NEW for state in states(page)] == changed.tolist()
 
 
 def test_autoregressive_writing_has_a_page_for_each_character():
-    made = h.generate_ar(predict, TOKENIZER.encode("To")[None], 9, start_id=h.START_ID)
-    made.ids[0, 3] = h.MASK_ID  # nothing forbids it here; it is written all the same
-    assert [page.written for page in h.pages(made, TOKENIZER)] == [(k, 9) for k in range(10)]
+    options = {"start_id": h.START_ID, "forbidden": (0, 1, 2, 3), "generator": torch.Generator().manual_seed(0)}
+    made = h.generate_ar(predict, TOKENIZER.encode("To")[None], 9, **options)
+    assert [numbers(frame)[2:4] for frame in h.frames(made, TOKENIZER)] == [(str(k), "9") for k in range(10)]
 
 
 def test_a_page_tells_masked_new_and_settled_characters():
-    made = written_by_hand()
-    for k, page in enumerate(h.pages(made, TOKENIZER)):
-        states = [state for line in page.lines for _, state in line]
+    for k, page in enumerate(h.pages(written_by_hand(), TOKENIZER)):
         n = len(TEXT)
-        expected = [2, 2] + [0] * (n - 2 - k) + [1] * min(k, 1) + [2] * max(k - 1, 0)
-        assert states == expected
+        assert states(page) == [2, 2] + [0] * (n - 2 - k) + [1] * min(k, 1) + [2] * max(k - 1, 0)
+
+
+def test_settled_characters_keep_their_doubt():
+    """The less probable a character was when it was committed, the higher its state; a new one is just new."""
+    levels = torch.tensor([1.0, 1.0, 0.9, 0.76, 0.74, 0.51, 0.49, 0.26, 0.24, 0.0])
+    made = written_by_hand(TEXT[:10], levels[None])
+    *_, before, last = h.pages(made, TOKENIZER)
+    assert states(last) == [2, 2, NEW, 2, 3, 3, 4, 4, 5, 5]
+    assert states(before) == [2, 2, MASKED, NEW, 3, 3, 4, 4, 5, 5]
+
+
+def test_doubt_is_that_of_the_generation():
+    made = generation(steps=21)
+    expected = 2 + sum((made.confidence[0] < level).long() for level in (0.75, 0.5, 0.25))
+    settled = made.order[0] < 20
+    assert torch.equal(torch.tensor(states(h.pages(made, TOKENIZER)[-1]))[settled], expected[settled])
+    assert len(set(expected.tolist())) > 2
 
 
 def test_lines_stay_where_they_are_while_the_text_is_written():
     made = generation(steps=21)
-    shapes = {tuple(len(line) for line in page.lines) for page in h.pages(made, TOKENIZER, width=10)}
+    shapes = {tuple(len(line) for line in page) for page in h.pages(made, TOKENIZER, width=10)}
     assert len(shapes) == 1 and max(next(iter(shapes))) <= 11, "a line of 10 and its line break"
 
 
@@ -88,131 +130,177 @@ def test_no_character_is_lost_between_lines(text):
     tokenizer = h.CharTokenizer.from_text(text + "x")
     ids = tokenizer.encode(text + "x")[None]
     page = h.pages(h.Generation(ids, torch.zeros_like(ids), 1), tokenizer, width=8)[0]
-    assert sum(len(line) for line in page.lines) == len(text) + 1
+    assert sum(len(line) for line in page) == len(text) + 1
+
+
+def test_a_line_break_is_visible_when_new():
+    """Later it is just the end of its line; where the finished text goes on, it stays visible."""
+    made = written_by_hand("to be\nbe")
+    shown = ["".join(glyph for line in page for glyph, _ in line) for page in h.pages(made, TOKENIZER)]
+    assert shown[-4:] == ["to███↵be", "to██ebe", "to█bebe", "to bebe"]
+
+
+# --- frames ---
 
 
 def test_frames_escape_the_text_and_say_the_numbers():
-    made = written_by_hand()
-    frames = [h.frame_html({"": page}) for page in h.pages(made, TOKENIZER)]
+    frames = h.frames(written_by_hand(), TOKENIZER)
     assert plain(frames[-1]) == TEXT
     assert "<b>" not in frames[-1] and "&amp;" in frames[-1]
-    assert "t = 1.00" in frames[0] and "0 of 22 characters revealed" in frames[0] and "0 of 22 forward passes" in frames[0]
-    assert "step 11 · t = 0.50 · 11 of 22 characters revealed · 11 of 22 forward passes" in frames[11]
-    assert "t = 0.00" in frames[-1]
+    assert "pass 0 of 22 · 0 of 22 characters · t = 1.00" in frames[0]
+    assert "pass 11 of 22 · 11 of 22 characters · t = 0.50" in frames[11]
+    assert "pass 22 of 22 · 22 of 22 characters · t = 0.00" in frames[-1]
     assert frames[0].count(h.MASK_GLYPH) == 22 and "<u>" not in frames[0]
     assert all(len(re.findall("<u>(.*?)</u>", frame)) == 1 for frame in frames[1:])
+
+
+def test_frames_mark_three_degrees_of_doubt():
+    """In <s> with a mark of its own for each; what is sure, given, new or masked has none."""
+    levels = torch.tensor([[1.0, 1.0, 0.2, 0.9, 0.6, 0.4, 0.1, 0.1]])
+    *_, frame = h.frames(written_by_hand(TEXT[:8], levels), TOKENIZER)
+    found = re.findall(r"<s ([^>]*)>(.*?)</s>", frame)
+    assert [html.unescape(text) for _, text in found] == ["b", ">", "be"] and len({mark for mark, _ in found}) == 3
+    assert [html.unescape(text) for text in re.findall("<u>(.*?)</u>", frame)] == [" "] and plain(frame) == TEXT[:8]
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a&b", "$x$ \\frac", "</pre><img src=x onerror=alert(1)>"])
 def test_no_text_becomes_markup(text):
     tokenizer = h.CharTokenizer.from_text(text)
     ids = tokenizer.encode(text)[None]
-    made = h.Generation(ids, torch.zeros_like(ids), 1)
-    frame = h.frame_html({text: h.pages(made, tokenizer)[-1]})
-    assert set(re.findall("<(/?[a-z]+)", frame)) <= {"div", "/div", "b", "/b", "br", "pre", "/pre", "u", "/u"}
+    doubt = torch.linspace(0, 1, len(text))[None]
+    made = h.Generation(ids, torch.arange(len(text))[None], len(text), doubt)
+    for frame in h.frames(made, tokenizer):
+        assert set(re.findall("<(/?[a-z]+)", frame)) <= {"div", "/div", "pre", "/pre", "u", "/u", "i", "/i", "s", "/s"}
     assert plain(frame) == text
-    assert h.filmstrip(made, tokenizer, frames=2) is not None
+    h.filmstrip(made, tokenizer, frames=2).canvas.draw()
 
 
-def links(viewer) -> set[tuple]:
+def test_special_tokens_are_shown_as_dots():
+    """They have no character, yet something was committed there."""
+    made = h.Generation(torch.tensor([[h.START_ID, 5, h.END_ID, h.PAD_ID]]), torch.tensor([[-1, 0, 1, 2]]), 3)
+    *_, frame = h.frames(made, h.CharTokenizer.from_text("ab"))
+    assert plain(frame) == "·b··"
+
+
+# --- the viewer ---
+
+
+def linked(viewer) -> set[tuple]:
     """(source, its property, target, its property) of everything that is linked in the browser."""
     state = embed_data([viewer])["manager_state"]["state"]
     made = [model["state"] for model in state.values() if model["model_name"] == "LinkModel"]
     return {tuple(part.removeprefix("IPY_MODEL_") for part in (*link["source"], *link["target"])) for link in made}
 
 
-def test_viewer_is_linked_in_the_browser():
-    """The slider, play, the speed and the choice move without a kernel, for each generation."""
-    films = {"first": generation(), "second": generation(steps=3)}
-    viewer = h.DenoisingViewer(films, TOKENIZER)
-    found = links(viewer)
-    assert (viewer.choice.model_id, "index", viewer.panels.model_id, "selected_index") in found
-    assert viewer.choice.options == ("first", "second") and viewer.choice.index == viewer.panels.selected_index == 0
-    for panel, made in zip(viewer.panels.children, films.values()):
-        (play, slider), stack = panel.children[0].children, panel.children[1]
-        assert len(stack.children) == made.nfe + 1 and slider.max == play.max == made.nfe and stack.selected_index == 0
-        assert (play.model_id, "value", slider.model_id, "value") in found
-        assert (slider.model_id, "value", stack.model_id, "selected_index") in found
-        assert (viewer.speed.model_id, "value", play.model_id, "interval") in found
-
-
-def test_a_race_shows_both_side_by_side_and_waits_for_the_slower():
-    films = {"AR": written_by_hand(), "LLaDA": generation(steps=3)}
-    viewer = h.DenoisingViewer({"race": films}, TOKENIZER)
-    frames = [child.value for child in viewer.panels.children[0].children[1].children]
-    assert len(frames) == 23
-    assert all(frame.count("<pre>") == 2 and "<b>AR</b>" in frame and "<b>LLaDA</b>" in frame for frame in frames)
-    assert "pass 10 of 22 · 10 of 22 characters" in frames[10] and "pass 3 of 3 · 21 of 21 characters" in frames[10]
-
-
-def test_without_a_way_to_generate_there_is_no_button():
-    viewer = h.DenoisingViewer({"a": generation()}, TOKENIZER)
-    assert "generate again" not in json.dumps([str(w) for w in every_child(viewer)])
-
-
 def every_child(widget) -> list:
     return [widget, *(found for child in getattr(widget, "children", ()) for found in every_child(child))]
 
 
-def test_generate_again_replaces_what_is_shown_and_closes_the_rest():
-    calls = []
+def test_viewer_is_linked_in_the_browser():
+    """The slider, play, the speed and the choice move without a kernel, for each generation."""
+    films = {"first": h.frames(generation(), TOKENIZER), "second": h.frames(generation(steps=3), TOKENIZER)}
+    viewer = h.DenoisingViewer(films)
+    found = linked(viewer)
+    assert (viewer.choice.model_id, "index", viewer.panels.model_id, "selected_index") in found
+    assert viewer.choice.options == ("first", "second") and viewer.choice.index == viewer.panels.selected_index == 0
+    for panel, film in zip(viewer.panels.children, films.values()):
+        (play, slider), stack = panel.children[0].children, panel.children[1]
+        assert [child.value for child in stack.children] == film
+        assert slider.max == play.max == len(film) - 1 and stack.selected_index == slider.value == 0
+        assert (play.model_id, "value", slider.model_id, "value") in found
+        assert (slider.model_id, "value", stack.model_id, "selected_index") in found
+        assert (viewer.speed.model_id, "value", play.model_id, "interval") in found
+        assert play.interval == viewer.speed.value
 
-    def generate(prompt, seed):
-        calls.append((prompt, seed))
-        return {f"{prompt} {seed}": generation(generator=torch.Generator().manual_seed(seed))}
 
-    viewer = h.DenoisingViewer({"a": generation(), "b": generation(steps=3)}, TOKENIZER, generate)
-    viewer.choice.index = viewer.panels.selected_index = 1
-    old, old_links = every_child(viewer.panels)[1:], viewer.links
-    viewer.prompt.value = "be"
-    viewer.again.click()
-    viewer.again.click()
-    assert calls == [("be", 1), ("be", 2)] and viewer.choice.options == ("be 2",) and viewer.panels.selected_index == 0
-    assert all(widget.comm is None for widget in [*old, *old_links]), "what is replaced must not stay in the saved notebook"
-    assert viewer.message.value == "" and not viewer.again.disabled
+def test_films_may_be_any_frames():
+    """A race is the frames of two, side by side; who is done first waits for the other."""
+    left, right = h.frames(written_by_hand(), TOKENIZER), h.frames(generation(steps=3), TOKENIZER)
+    race = [a + b for a, b in zip(left, right + right[-1:] * (len(left) - len(right)))]
+    viewer = h.DenoisingViewer({"race": race})
+    shown = [child.value for child in viewer.panels.children[0].children[1].children]
+    assert len(shown) == 23 and all(frame.count("<pre>") == 2 for frame in shown)
+    assert "pass 10 of 22 · 10 of 22 characters" in shown[10] and "pass 3 of 3 · 21 of 21 characters" in shown[10]
 
 
-@pytest.mark.parametrize("prompt", ["Zz", "<script>", "\\"])
-def test_what_goes_wrong_is_shown_as_text(prompt):
-    tokenizer = h.CharTokenizer.from_text("To be")
-    viewer = h.DenoisingViewer({"a": generation()}, TOKENIZER, lambda prompt, seed: {"a": tokenizer.encode(prompt)})
-    before = viewer.panels.children
-    viewer.prompt.value = prompt
-    viewer.again.click()
-    unknown = str(sorted(set(prompt)))
-    assert html.unescape(viewer.message.value).startswith(f"ValueError: characters not in the vocabulary: {unknown};")
-    assert "<" not in viewer.message.value
-    assert viewer.panels.children == before and not viewer.again.disabled
+def test_the_shade_needs_nothing_but_the_page():
+    """A check box whose state the style asks for, and a rule for each mark that the frames use."""
+    made = written_by_hand(confidence=torch.linspace(0, 1, len(TEXT))[None])
+    viewer = h.DenoisingViewer({"a": h.frames(made, TOKENIZER)})
+    assert viewer.shade.value is False and viewer.shade in every_child(viewer)
+    style = next(w.value for w in every_child(viewer) if isinstance(w, ipywidgets.HTML) and "<style>" in w.value)
+    (switch,) = viewer.shade._dom_classes
+    assert f".{switch} input:checked" in style and ":has(" in style
+    assert set(viewer._dom_classes) == {"llada-viewer"}
 
 
 def test_the_older_ipywidgets_of_colab_will_do(monkeypatch):
     """Version 7 has no Stack."""
     monkeypatch.delattr(ipywidgets, "Stack")
-    viewer = h.DenoisingViewer({"a": generation(), "b": generation()}, TOKENIZER)
+    viewer = h.DenoisingViewer({"a": ["one", "two"], "b": ["one"]})
     assert isinstance(viewer.panels, ipywidgets.Tab) and viewer.panels.selected_index == 0
+    assert all(isinstance(panel.children[1], ipywidgets.Tab) for panel in viewer.panels.children)
 
 
 def test_four_generations_are_stored_sparingly():
     """Four of 128 characters and 65 frames, and a race of 129, well below the notebook's 3 MB."""
     ids = torch.full((1, 128), TOKENIZER.encode("o").item())
     spread = torch.randperm(128, generator=torch.Generator().manual_seed(0))
-    film = h.Generation(ids, spread[None] // 2, 64)
-    race = {"AR": h.Generation(ids, torch.arange(128)[None], 128), "LLaDA": film}
-    viewer = h.DenoisingViewer({**{str(i): film for i in range(4)}, "race": race}, TOKENIZER)
+    doubt = torch.rand(1, 128, generator=torch.Generator().manual_seed(1))
+    film = h.frames(h.Generation(ids, spread[None] // 2, 64, doubt), TOKENIZER)
+    alone = h.frames(h.Generation(ids, torch.arange(128)[None], 128, doubt), TOKENIZER)
+    race = [a + b for a, b in zip(alone, film + film[-1:] * 64)]
+    viewer = h.DenoisingViewer({**{str(i): film for i in range(4)}, "race": race})
     wanted = {widget.model_id for widget in every_child(viewer)}
     state = {key: value for key, value in embed_data([viewer])["manager_state"]["state"].items() if key in wanted}
-    assert len(state) > 4 * 65 + 129 and len(json.dumps(state)) < 700_000
+    assert len(state) > 4 * 65 + 129 and len(json.dumps(state)) < 1_000_000
 
 
-def test_gifs_are_small_and_pause_at_the_end(tmp_path, monkeypatch):
-    from PIL import Image
+# --- the film strip ---
 
-    monkeypatch.setattr(h, "FIGURES", tmp_path)
-    films = {"AR": written_by_hand(), "LLaDA": generation(steps=21)}
-    images = h.save_gif("race", films, TOKENIZER)
-    assert len(images) == 23 and len({image.size for image in images}) == 1
-    with Image.open(tmp_path / "race.gif") as gif:
-        assert gif.n_frames == 23 and gif.info["loop"] == 0
-        gif.seek(22)
-        assert gif.info["duration"] >= 3000
-    assert (tmp_path / "race.gif").stat().st_size < 300_000
+
+def strips(figure) -> tuple[list[str], list[str], int, int]:
+    """Labels, glyphs, grey blocks and marked characters of a film strip."""
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in axes.texts]
+    labels = [text for text in texts if re.fullmatch(r"(step|pass) \d+", text)]
+    faces = ["#{:02X}{:02X}{:02X}".format(*(round(255 * x) for x in patch.get_facecolor()[:3])) for patch in axes.patches]
+    glyphs = [text for text in texts if text not in labels]
+    return labels, glyphs, faces.count(h.MASK_FACE), faces.count(h.NEW_FACE)
+
+
+@pytest.mark.parametrize("options", [{}, {"revisions": 2}, {"rows": 2}, {"remasking": d.threshold(0.3), "steps": 1}])
+@pytest.mark.parametrize("width", [64, 7])
+def test_filmstrip_shows_masked_and_new_characters(options, width):
+    """As many strips as frames are asked for, all characters in each of them."""
+    made = generation(**options)
+    shown = h.pages(made, TOKENIZER)
+    labels, glyphs, grey, marked = strips(h.filmstrip(made, TOKENIZER, frames=made.nfe + 1, width=width))
+    assert len(labels) == len(set(labels)) == made.nfe + 1 and len(glyphs) == 24 * len(labels)
+    assert grey == sum(states(page).count(MASKED) for page in shown)
+    assert marked == sum(states(page).count(NEW) for page in shown)
+
+
+def test_filmstrip_begins_with_the_template_and_ends_with_the_text():
+    made = written_by_hand("to <be> & ")
+    labels, glyphs, grey, marked = strips(h.filmstrip(made, TOKENIZER, frames=3))
+    assert len(labels) == 3 and labels[0].endswith(" 0") and labels[-1].endswith(" 8")
+    assert (
+        glyphs[:10] == ["t", "o", *[""] * 8]
+        and glyphs[10:20] == ["t", "o", *[""] * 4, *"> & "]
+        and "".join(glyphs[20:]) == "to <be> & "
+    )
+    assert (grey, marked) == (8 + 4, 2), "before, in the middle, and after"
+
+
+def test_filmstrip_takes_the_mathematics_out_of_dollars():
+    tokenizer = h.CharTokenizer.from_text("$x")
+    ids = tokenizer.encode("$x$x$")[None]
+    figure = h.filmstrip(h.Generation(ids, torch.arange(5)[None], 5), tokenizer, frames=6)
+    assert r"\$" in strips(figure)[1]
+
+
+def test_filmstrip_of_more_frames_than_passes():
+    made = generation(steps=2)
+    assert len(strips(h.filmstrip(made, TOKENIZER, frames=8))[0]) == 3

@@ -1,0 +1,59 @@
+"""beyond/quality.py: one measure for all decoders."""
+
+import numpy as np
+import pytest
+import torch
+
+import llada_helpers as H
+from beyond import quality
+
+TEXT = "to be, or not to be: that is the question\n" * 30
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return H.CharTokenizer.from_text(TEXT)
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    torch.manual_seed(0)
+    shape = {"vocab_size": tokenizer.vocab_size, "seq_len": 32, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    pair = {name: H.Transformer(H.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
+    for model in pair.values():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer):
+    return H.windows(tokenizer.encode(TEXT), 32)
+
+
+def test_prompts_keep_the_first_characters(windows):
+    truth, template = quality.prompts(windows, 10)
+    assert torch.equal(truth[:, : quality.PREFIX], template[:, : quality.PREFIX])
+    assert bool((template[:, quality.PREFIX :] == H.MASK_ID).all())
+    assert not bool((truth == H.PAD_ID).any())
+
+
+def test_only_what_was_written_counts(tokenizer, models, windows):
+    measure = quality.Measure(models, tokenizer, TEXT)
+    sequences = windows[: 2 * H.GROUPS]
+    scores = measure(sequences)
+    ar = H.ar_nll(models["AR"], sequences, H.START_ID) - H.ar_nll(models["AR"], sequences[:, : quality.PREFIX], H.START_ID)
+    assert scores["nats/char under AR"] == pytest.approx(float(ar.mean()) / (32 - quality.PREFIX), rel=1e-4)
+    judged = [measure.judge(tokenizer.decode(ids), quality.PREFIX) for ids in sequences]
+    assert scores["judge nats/char"] == pytest.approx(np.mean(judged))
+    assert scores["known words"] == 1.0
+    noise = torch.randint(4, tokenizer.vocab_size, sequences.shape, generator=torch.Generator().manual_seed(0))
+    assert measure(noise)["judge nats/char"] > scores["judge nats/char"] + 1
+
+
+def test_a_trial_counts_passes_and_characters(tokenizer, models, windows):
+    _, template = quality.prompts(windows, H.GROUPS)
+    options = {"mask_id": H.MASK_ID, "steps": 4, "forbidden": (H.PAD_ID, H.START_ID, H.END_ID)}
+    trial = quality.Measure(models, tokenizer, TEXT).trial(lambda: H.reverse_process(models["LLaDA"], template, **options))
+    assert trial["passes"] == 4 and trial["tokens/s"] > 0
+    assert {"judge nats/char", "judge nats/char ±", "char entropy", "nats/char under LLaDA"} <= set(trial)
