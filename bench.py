@@ -4,16 +4,18 @@ Prints one table and writes it as JSON. Ratios compare rows of one run on one ma
 figure is the median of several rounds. If the preset's models have been trained, they are used, and AR judges what each decoder
 writes (nats per character, read in windows of its own length); else untrained ones are, and adaptive decoders mean little. At
 twice the trained length the same weights are used (rotary positions have no table), which is worse text but a fair comparison.
+The sampler is timed beside the loop that LLaDA's authors publish, with a Transformer and with a predictor that costs nothing.
 """
 
 import argparse
-import functools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import llada_helpers as h
+from beyond.decoding import cached, entropy_bound, threshold
 
 PROMPT = 32
 LONG = 3.0  # seconds: warm-up is then lost in the measurement
@@ -45,18 +48,19 @@ def peak_mib() -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def seconds(function, rounds: int) -> float:
+def once(function: Callable) -> float:
+    """Wall time of function()."""
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def seconds(function: Callable, rounds: int) -> float:
     """Median wall time of function(), not counting the first call; that one counts alone if it took longer than LONG."""
-    times = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-        if times[0] > LONG:
-            return times[0]
-    return statistics.median(times[1:])
+    first = once(function)
+    return first if first > LONG else statistics.median(once(function) for _ in range(rounds))
 
 
 def matmul_peak(device, size: int = 1024) -> float:
@@ -65,24 +69,33 @@ def matmul_peak(device, size: int = 1024) -> float:
     return 2 * size**3 * 20 / seconds(lambda: [a @ b for _ in range(20)], 5)
 
 
+def training_step(accelerator: h.Accelerator, network: torch.nn.Module, optimizer, batch: tuple[torch.Tensor, ...]) -> None:
+    """What training does with a batch."""
+    accelerator.backward(h.weighted_nll(network, *batch))
+    accelerator.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def training_rows(preset: h.Preset, vocab_size: int, device, rounds: int) -> list[dict]:
     """A training step, eager and with compiled blocks, as tokens/s and as a share of the matrix-product peak."""
     rows = []
     for compiled in (False, True):
+        config, length, accelerator = preset.llada, preset.seq_len, h.Accelerator(cpu=device.type == "cpu")
         model = h.Transformer(preset.model(vocab_size, causal=False)).to(device)
-        config, length = preset.llada, preset.seq_len
-        optimizers, accelerator = h.make_optimizers(model, config), h.Accelerator(cpu=device.type == "cpu")
-        if compiled:
-            for block in model.blocks:
-                block.compile()
-        batch = h.diffusion_batch(torch.randint(4, vocab_size, (config.batch_size, length)), torch.Generator().manual_seed(0))
+        network, optimizer = accelerator.prepare(model, h.make_optimizer(model, config))
+        for block in model.blocks if compiled else ():
+            block.compile()
+        sequences = torch.randint(4, vocab_size, (config.batch_size, length))
+        batch = [x.to(device) for x in h.diffusion_batch(sequences, torch.Generator().manual_seed(0))]
         tokens = config.batch_size * length
-        h.optimizer_step(accelerator, model, optimizers, batch, config)  # compiles
-        took = seconds(lambda: h.optimizer_step(accelerator, model, optimizers, batch, config), rounds)  # noqa: B023
+        training_step(accelerator, network, optimizer, batch)  # compiles
+        took = seconds(lambda: training_step(accelerator, network, optimizer, batch), rounds)  # noqa: B023
         matrices = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
         operations = tokens * (6 * matrices + 12 * preset.n_layer * length * preset.n_embd)
         name = f"training step, {'compiled' if compiled else 'eager'}"
-        rows.append({"row": name, "batch": config.batch_size, "tokens/s": tokens / took, "of peak": operations / took})
+        row = {"row": name, "batch": config.batch_size, "tokens/s": tokens / took, "ratio to": "training step, eager"}
+        rows.append(row | {"of peak": operations / took})
     return rows
 
 
@@ -99,39 +112,86 @@ def load(preset: h.Preset, vocab_size: int, causal: bool, length: int, device) -
     return model, False
 
 
+def authors_loop(model: h.MaskPredictor, template: torch.Tensor, steps: int) -> torch.Tensor:
+    """Greedy low-confidence decoding with the operations of the loop that LLaDA's authors publish (ML-GSAI/LLaDA, generate.py).
+
+    Written anew for one block: every position, masked or not, gets Gumbel noise (to the power of the temperature, 0) and
+    probabilities in float64, and every row is ranked by itself. LongTensor[B, L].
+    """
+    ids = template.clone()
+    share, rest = (ids == h.MASK_ID).sum(dim=1) // steps, (ids == h.MASK_ID).sum(dim=1) % steps
+    counts = share[:, None] + (torch.arange(steps, device=ids.device) < rest[:, None])  # [B, steps]
+    for i in range(steps):
+        masked, logits = ids == h.MASK_ID, model(ids)
+        noise = -torch.rand_like(logits, dtype=torch.float64).log()
+        proposed = (logits.double().exp() / noise**0.0).argmax(dim=-1)
+        sure = logits.double().softmax(dim=-1).gather(-1, proposed[..., None])[..., 0]
+        sure = torch.where(masked, sure, -math.inf)
+        commit = torch.zeros_like(masked)
+        for row in range(len(ids)):
+            commit[row, sure[row].topk(int(counts[row, i])).indices] = True
+        ids[commit] = torch.where(masked, proposed, ids)[commit]
+    return ids
+
+
+def sampler_rows(preset: h.Preset, vocab_size: int, device, rounds: int, batches: list[int]) -> list[dict]:
+    """Ours and the authors' loop, one token a pass, in turn; the best time of each."""
+    rows, length = [], preset.seq_len
+    model = h.Transformer(preset.model(vocab_size, causal=False)).to(device).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    table = torch.randn(length, vocab_size, device=device)
+    table[:, h.MASK_ID] = -math.inf  # [MASK] would never leave the authors' loop
+    predictors = {
+        "a Transformer": (model, batches),
+        "a trivial predictor": (lambda ids: table.expand(len(ids), -1, -1), batches[-1:]),
+    }
+    for name, (predict, sizes) in predictors.items():
+        for batch in sizes:
+            template = torch.full((batch, length), h.MASK_ID, device=device)
+            template[:, :PROMPT] = torch.randint(4, vocab_size, (batch, PROMPT), device=device)
+            options = {"mask_id": h.MASK_ID, "steps": length - PROMPT}
+            loops = {
+                "the authors' loop": torch.no_grad()(lambda: authors_loop(predict, template, length - PROMPT)),  # noqa: B023
+                "reverse_process": lambda: h.reverse_process(predict, template, **options),  # noqa: B023
+            }
+            times = [[once(loop) for loop in loops.values()] for _ in range(rounds)]
+            best = dict(zip(loops, map(min, zip(*times))))
+            for loop, took in best.items():
+                row = {"row": f"{loop}, {name}, length {length}", "batch": batch, "passes": length - PROMPT}
+                row["ratio to"] = f"the authors' loop, {name}, length {length}"
+                rows.append(row | {"tokens/s": batch * (length - PROMPT) / took})
+    return rows
+
+
 def decoders(llada: h.Transformer, ar: h.Transformer, free: int) -> dict:
     """Name -> function of a prompt [B, P]."""
     block = next(b for b in (32, 16, 8, 4, 2, 1) if free % b == 0)
+    blocks = {"steps": free, "remasking": "entropy", "block_length": block}
     settings = {
         "LLaDA low_confidence, one token a pass": {"steps": free},
-        "LLaDA random, one token a pass": {"steps": free, "remasking": "random"},
-        "LLaDA entropy, one token a pass": {"steps": free, "remasking": "entropy"},
-        "LLaDA margin, one token a pass": {"steps": free, "remasking": "margin"},
+        **{f"LLaDA {name}, one token a pass": {"steps": free, "remasking": name} for name in ("random", "entropy", "margin")},
         "LLaDA entropy, four tokens a pass": {"steps": free // 4, "remasking": "entropy"},
-        **{f"LLaDA threshold {x}": {"steps": free, "threshold": x} for x in (0.2, 0.3, 0.5, 0.9)},
-        **{f"LLaDA entropy bound {x}": {"steps": free, "remasking": "entropy", "entropy_bound": x} for x in (0.5, 2.0)},
-        f"LLaDA entropy, blocks of {block}": {"steps": free, "remasking": "entropy", "block_length": block},
-        f"LLaDA entropy, blocks of {block}, cached": {
-            "steps": free,
-            "remasking": "entropy",
-            "block_length": block,
-            "cache": True,
-        },
+        **{f"LLaDA threshold {p}": {"steps": 1, "remasking": threshold(p)} for p in (0.2, 0.3, 0.5, 0.9)},
+        **{f"LLaDA entropy bound {nats}": {"steps": 1, "remasking": entropy_bound(nats)} for nats in (0.5, 2.0)},
+        f"LLaDA entropy, blocks of {block}": blocks,
+        f"LLaDA entropy, blocks of {block}, cached": blocks,
     }
 
-    def write(prompt, options):
+    def write(prompt: torch.Tensor, name: str) -> h.Generation:
         template = torch.nn.functional.pad(prompt, (0, free), value=h.MASK_ID)
-        generator = torch.Generator().manual_seed(0)
-        options = {"temperature": 1.0, "mask_id": h.MASK_ID, "forbidden": SPECIAL, "generator": generator} | options
-        return h.reverse_process(llada, template, **options)
+        predict = cached(llada, template, h.MASK_ID, block) if name.endswith("cached") else llada
+        options = {"temperature": 1.0, "mask_id": h.MASK_ID, "forbidden": SPECIAL, "generator": torch.Generator().manual_seed(0)}
+        return h.reverse_process(predict, template, **options, **settings[name])
 
-    def continue_(model, prompt):
+    def continue_(model: h.MaskPredictor, prompt: torch.Tensor) -> h.Generation:
         generator = torch.Generator().manual_seed(0)
         return h.generate_ar(model, prompt, free, start_id=h.START_ID, forbidden=(h.MASK_ID, *SPECIAL), generator=generator)
 
-    named = {"AR, cached": lambda prompt: continue_(ar, prompt)}
-    named["AR, no cache"] = lambda prompt: continue_(lambda ids: ar(ids), prompt)
-    return named | {name: functools.partial(write, options=options) for name, options in settings.items()}
+    named = {
+        "AR, cached": lambda prompt: continue_(ar, prompt),
+        "AR, no cache": lambda prompt: continue_(lambda ids: ar(ids), prompt),
+    }
+    return named | {name: lambda prompt, name=name: write(prompt, name) for name in settings}
 
 
 def quality(ar: h.Transformer, written: torch.Tensor, tokenizer, window: int) -> dict[str, float]:
@@ -163,7 +223,7 @@ def decoding_rows(preset: h.Preset, tokenizer, text, device, rounds: int, length
             took = seconds(lambda: made.append(decode(prompt)), rounds)  # noqa: B023
             passes = (made[0].order.max(dim=1).values + 1).float().mean().item()
             row = {"row": f"{name}, length {length}", "batch": batch, "passes": passes, "tokens/s": batch * free / took}
-            row["peak MiB"] = peak_mib()
+            row |= {"peak MiB": peak_mib(), "ratio to": f"LLaDA entropy, one token a pass, length {length}"}
             if llada_trained and ar_trained and batch >= 2 * h.GROUPS:
                 row |= quality(ar, made[0].ids[:, PROMPT:], tokenizer, preset.seq_len)
             rows.append(row)
@@ -174,10 +234,10 @@ def worker_step(preset: h.Preset) -> None:
     """One of several processes under torch.distributed.run: the first prints the seconds of a training step on a shared batch."""
     accelerator = h.Accelerator(cpu=True)
     model = h.Transformer(preset.model(69, causal=False))
-    network, optimizers = accelerator.prepare(model), h.make_optimizers(model, preset.llada)
+    network, optimizer = accelerator.prepare(model, h.make_optimizer(model, preset.llada))
     rows = torch.randint(4, 69, (preset.llada.batch_size, preset.seq_len), generator=torch.Generator().manual_seed(0))
-    batch = h.diffusion_batch(rows, torch.Generator().manual_seed(0))
-    took = seconds(lambda: h.optimizer_step(accelerator, network, optimizers, batch, preset.llada), 15)
+    (batch,) = h.micro_batches(h.diffusion_batch(rows, torch.Generator().manual_seed(0)), accelerator)
+    took = seconds(lambda: training_step(accelerator, network, optimizer, batch), 15)
     if accelerator.is_main_process:
         print(json.dumps({"seconds": took, "parameters": model.n_parameters}))
 
@@ -230,28 +290,26 @@ def main() -> None:
     preset = h.PRESETS[arguments.preset] if arguments.preset else h.choose_preset()
     if arguments.worker:
         return worker_step(preset)
+    text = h.load_text()
     if arguments.scaling:
-        print(h.save_table(pd.DataFrame(scaling_rows(preset)), "scaling").to_string(index=False))
+        print(h.Results(preset, text).table(pd.DataFrame(scaling_rows(preset)), "scaling").to_string(index=False))
         return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = h.load_text()
     tokenizer = h.CharTokenizer.from_text(text)
     rounds, batches = (1, [1, 8]) if arguments.quick else (3, [1, 32])
     peak = matmul_peak(device)
     rows = training_rows(preset, tokenizer.vocab_size, device, 3 if arguments.quick else 10)
     for row in rows:
         row["of peak"] = row["of peak"] / peak
+    rows += sampler_rows(preset, tokenizer.vocab_size, device, rounds + 2, batches)
     for length in (preset.seq_len,) if arguments.quick else (preset.seq_len, 2 * preset.seq_len):
         rows += decoding_rows(preset, tokenizer, text, device, rounds, length, batches)
     table = pd.DataFrame(rows)
-    training = table["row"].str.startswith("training")
-    reference = table["row"].str.replace(r"^.*, length", "LLaDA entropy, one token a pass, length", regex=True)
-    reference = reference.where(~training, "training step, eager")
     speeds = table.set_index(["row", "batch"])["tokens/s"]
-    table["ratio"] = [s / speeds[r, b] for s, r, b in zip(table["tokens/s"], reference, table["batch"])]
+    table["ratio"] = [s / speeds[r, b] for s, r, b in zip(table["tokens/s"], table["ratio to"], table["batch"])]
     print(f"{h.describe_machine()['device']}: float32 matrix product {peak / 1e9:.0f} GFLOP/s; preset {preset.name}")
-    print("ratio: to the eager step, or to one token a pass at the same length and batch")
-    print(table.round(3).to_string(index=False))
+    print("ratio of tokens/s: to the eager step, to the authors' loop, or to one token a pass at the same length and batch")
+    print(table.drop(columns="ratio to").round(3).to_string(index=False))
     record = {"machine": h.describe_machine(), "preset": preset.name, "matmul_flops": peak}
     record["rows"] = json.loads(table.to_json(orient="records"))
     h.write_atomically(Path(arguments.json), json.dumps(record, indent=1).encode())

@@ -150,8 +150,7 @@ class CharTokenizer:
 
     def encode(self, text: str | list[str]) -> Tensor:
         """LongTensor[len(text)]. ValueError names the characters that the vocabulary lacks."""
-        unknown = sorted(set(text) - self._id_of.keys())
-        if unknown:
+        if unknown := sorted(set(text) - self._id_of.keys()):
             raise ValueError(f"characters not in the vocabulary: {unknown}; use characters of the training text only")
         return torch.tensor([self._id_of[c] for c in text], dtype=torch.long)
 
@@ -1155,7 +1154,7 @@ def longest_copy(text: str, index: list[str]) -> int:
     for piece in (text[i : i + COPY_LIMIT] for i in range(len(text))):
         place = bisect.bisect_left(index, piece)
         neighbours = index[max(0, place - 1) : place + 1]  # in sorted order the longest match is one of them
-        best = max(best, *(len(os.path.commonprefix([piece, near])) for near in neighbours))  # noqa: RUF071
+        best = max([best, *(len(os.path.commonprefix([piece, near])) for near in neighbours)])  # noqa: RUF071
     return best
 
 
@@ -1180,14 +1179,15 @@ def grouped(values: list[dict[str, float]]) -> dict[str, float]:
 def ngram_judge(text: str, order: int = 6) -> Callable[[str, int], float]:
     """judge(written, start): nats per character of written[start:] under an n-gram model of `text` (Witten-Bell smoothing)."""
     grams = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, order + 1)]
-    followers = [Counter(gram[:-1] for gram in level) for level in grams]  # how many characters follow a context
+    contexts = [Counter(text[i : i + n] for i in range(len(text) - n)) for n in range(order)]  # how often something follows
+    followers = [Counter(gram[:-1] for gram in level) for level in grams]  # how many characters do
     def judge(written: str, start: int) -> float:
         nats = 0.0
         for i in range(start, len(written)):
             p = 1 / len(grams[0])
             for n in range(1, min(order, i + 1) + 1):
                 gram = written[i - n + 1 : i + 1]
-                kinds, seen = followers[n - 1][gram[:-1]], grams[n - 2][gram[:-1]] if n > 1 else len(text)
+                kinds, seen = followers[n - 1][gram[:-1]], contexts[n - 1][gram[:-1]]
                 p = (grams[n - 1][gram] + kinds * p) / (seen + kinds) if seen else p
             nats -= math.log(p)
         return nats / (len(written) - start)

@@ -19,6 +19,7 @@ def repository(tmp_path_factory):
 def empty(tmp_path):
     """An empty runtime. A pip that only writes down what it is asked for stands in for the real one."""
     (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").write_text("")
     (tmp_path / "pip" / "__main__.py").write_text(FAKE_PIP)
     (tmp_path / "text.txt").write_text("To be, or not to be\n" * 200)
     return tmp_path

@@ -1,19 +1,22 @@
-"""Sections 8 to 10: metrics, tables, pictures, presets, and what README promises."""
+"""Sections 8 to 10: metrics, tables, pictures, presets."""
 
+import ast
+import hashlib
+import itertools
 import math
-import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from notebooks import MAIN, ROOT, sources
+from rapidfuzz.distance import Levenshtein
 
 import llada_helpers as h
-
-ROOT = Path(__file__).parents[1]
-TOKENIZER = h.CharTokenizer.from_text("ab<&>\n $\"'")
 
 
 def test_per_character_is_a_ratio_with_the_right_spread():
@@ -27,6 +30,35 @@ def test_per_character_is_a_ratio_with_the_right_spread():
         mean, half = h.per_character(nats, counts)
         covered += abs(mean - 1.5) <= half
     assert 360 <= covered <= 396
+
+
+def test_share_by_hand():
+    rate, half = h.share([1, 0, 0, 1])
+    assert rate == 0.5 and half == pytest.approx(1.96 * math.sqrt((0.25 + 0.48) / 4))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, pd.Series])
+def test_share_takes_any_sequence(kind):
+    for hits in ([True, False, True], [1, 0, 1], [1.0, 0.0, 1.0]):
+        assert h.share(kind(hits)) == h.share([1, 0, 1])
+
+
+@pytest.mark.parametrize("n", [5, 40, 1000])
+def test_share_of_nothing_or_everything_is_not_certain(n):
+    """None in n leaves room for about 3 / n (the rule of three); all in n is its mirror."""
+    assert h.share([0] * n)[1] == pytest.approx(h.share([1] * n)[1])
+    assert 2.5 / n < h.share([0] * n)[1] < 3.1 / n
+
+
+@pytest.mark.parametrize("n", [10, 40, 300])
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.5, 0.9])
+def test_share_covers_the_truth(n, rate):
+    """By the binomial distribution: nine times in ten at least, whatever the rate, and nearly 95 times in 100 for many."""
+    covered = 0.0
+    for hits in range(n + 1):
+        found, half = h.share([1] * hits + [0] * (n - hits))
+        covered += math.comb(n, hits) * rate**hits * (1 - rate) ** (n - hits) * (abs(found - rate) <= half)
+    assert covered > (0.9 if n < 300 else 0.93)
 
 
 @given(st.text("ab", max_size=12), st.text("ab", max_size=30))
@@ -60,23 +92,114 @@ def test_grouped_gives_students_interval():
     assert got["x ±"] == pytest.approx(2.3646 * math.sqrt(6 / 8), rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def diversity():
+    """The main notebook's own function."""
+    nodes = [n for source in sources(ROOT / MAIN, "code") if "def diversity(" in source for n in ast.parse(source).body]
+    scope = {"combinations": itertools.combinations, "Levenshtein": Levenshtein, "np": np}
+    exec(ast.unparse(next(n for n in nodes if getattr(n, "name", "") == "diversity")), scope)
+    return scope["diversity"]
+
+
+def edits(a, b):
+    """Levenshtein's distance, as it is defined."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+@given(st.lists(st.text("ab ", min_size=4, max_size=6), min_size=2, max_size=3))
+def test_diversity_is_a_mean_over_pairs(diversity, texts):
+    pairs = list(itertools.combinations(texts, 2))
+    shared = []
+    for pair in pairs:
+        few, many = sorted(({text[i : i + 4] for i in range(len(text) - 3)} for text in pair), key=len)
+        shared.append(len(few & many) / len(few))
+    expected = {"distinct texts": len(set(texts)) / len(texts), "shared 4-grams": np.mean(shared)}
+    expected["edit distance"] = np.mean([edits(a, b) / max(len(a), len(b)) for a, b in pairs])
+    assert diversity(texts) == pytest.approx(expected)
+
+
+def test_diversity_knows_the_same_from_the_different(diversity):
+    same, other = ["to be or not"] * 3, ["to be or not", "XXXXXXXXXXXX", "????????????"]
+    assert diversity(same) == pytest.approx({"distinct texts": 1 / 3, "shared 4-grams": 1, "edit distance": 0})
+    assert diversity(other) == pytest.approx({"distinct texts": 1, "shared 4-grams": 0, "edit distance": 1})
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 6])
+@pytest.mark.parametrize("text", ["abracadabra", "aab", "abc", "ab" * 20 + "c", "a"])
+def test_the_judges_probabilities_sum_to_one(text, order):
+    """After every context, also one that stands at the end of the text alone, or nowhere."""
+    judge, alphabet = h.ngram_judge(text, order), sorted(set(text))
+    for length in range(5):
+        for context in map("".join, itertools.product(alphabet, repeat=length)):
+            p = [math.exp(-judge(context + c, length)) for c in alphabet]
+            assert sum(p) == pytest.approx(1) and min(p) > 0, context
+
+
+def test_the_judge_by_hand():
+    """Witten-Bell: a context seen n times with k kinds of successors leaves k / (n + k) to the shorter context."""
+    judge = h.ngram_judge("aab", order=2)
+    b = (1 + 2 * (1 / 2)) / (3 + 2)  # 1 of 3 characters, 2 kinds, over a uniform 1/2
+    after_a = (1 + 2 * b) / (2 + 2)  # "ab" once after two "a" that something follows
+    assert judge("b", 0) == pytest.approx(-math.log(b))
+    assert judge("ab", 1) == judge("aab", 2) == pytest.approx(-math.log(after_a)), "only order - 1 characters are looked at"
+    assert judge("aabb", 2) == pytest.approx((judge("aab", 2) + judge("aabb", 3)) / 2), "a mean over what was written"
+    assert judge("bb", 1) == pytest.approx(-math.log(b)), "nothing ever followed b: the shorter context decides"
+
+
+def test_the_judge_prefers_what_it_has_read():
+    text = "to be, or not to be: that is the question. " * 5
+    judge = h.ngram_judge(text)
+    assert judge("to be, or not to be", 5) < 0.5 < 2 < judge("tqbhe r,oo:ubt to e", 5)
+
+
+@pytest.mark.parametrize(
+    "preset, text, folder",
+    [
+        *(("cpu", "the corpus", "figures"), ("gpu", "the corpus", "figures"), ("smoke", "the corpus", "build/smoke/figures")),
+        *(("cpu", "my own", "build/cpu/figures"), ("smoke", "my own", "build/smoke/figures")),
+    ],
+)
+def test_a_run_writes_where_it_may(tmp_path, monkeypatch, preset, text, folder):
+    """What is committed is replaced by a full run on TinyShakespeare, and by nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(h, "CORPUS_SHA256", hashlib.sha256(b"the corpus").hexdigest())
+    results = h.Results(h.PRESETS[preset], text)
+    results.table(pd.DataFrame({"x": [1]}), "t")
+    results.figure(plt.Figure(), "f")
+    assert (results.folder, results.tables) == (Path(folder), Path(folder, "tables"))
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert written == {f"{folder}/tables/t.csv", f"{folder}/f.png"}
+
+
 def test_tables_are_written_rounded_and_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(h, "FIGURES", tmp_path)
-    shown = h.save_table(pd.DataFrame({"row": ["a"], "x": [1 / 3]}), "t")
-    assert (tmp_path / "tables" / "t.csv").read_bytes() == b"row,x\na,0.3333\n"
+    monkeypatch.chdir(tmp_path)
+    results = h.Results(h.PRESETS["smoke"], "a text")
+    shown = results.table(pd.DataFrame({"row": ["a"], "x": [1 / 3]}), "t")
+    assert (results.tables / "t.csv").read_bytes() == b"row,x\na,0.3333\n"
     assert shown["x"][0] == 0.3333
-    assert [p.name for p in (tmp_path / "tables").iterdir()] == ["t.csv"]
 
 
-GENERATION = h.Generation(torch.tensor([[4, 5, 6, 7, 8]]), torch.tensor([[-1, 1, 0, 2, 1]]), nfe=3)
+def test_error_bars_are_those_of_the_table():
+    table = pd.DataFrame({"steps": [8, 16], "nats": [2.0, 1.5], "nats ±": [0.1, 0.2]})
+    ax = plt.Figure().subplots()
+    h.errorbars(ax, table, "steps", "nats", label="LLaDA", color=h.LLADA_COLOR)
+    (drawn,) = ax.containers
+    assert drawn.get_label() == "LLaDA" and drawn[0].get_xydata().tolist() == [[8, 2.0], [16, 1.5]]
+    bars = np.array(drawn[2][0].get_segments())[:, :, 1]
+    assert bars == pytest.approx(np.array([[1.9, 2.1], [1.3, 1.7]]))
 
 
-def test_filmstrip_draws_each_character_once_per_strip(tmp_path):
-    figure = h.filmstrip(GENERATION, TOKENIZER, frames=4)
-    figure.savefig(tmp_path / "strip.png")
-    glyphs = [t.get_text() for t in figure.axes[0].texts]
-    assert len([g for g in glyphs if g.startswith("step ")]) == 4
-    assert len(glyphs) == 4 + 4 * GENERATION.ids.shape[1]
+def test_a_logarithmic_axis_has_the_ticks_it_is_given():
+    """matplotlib's own would be a single 10 on a narrow one."""
+    ax = plt.Figure().subplots()
+    ax.plot([8, 1500], [1, 2])
+    h.log_ticks(ax, (8, 16, 1024))
+    ax.figure.canvas.draw()
+    assert ax.get_xscale() == "log" and ax.get_xticks().tolist() == [8, 16, 1024]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["8", "16", "1,024"]
+    assert not ax.xaxis.get_minorticklocs().size
 
 
 def test_presets(monkeypatch):
@@ -100,18 +223,3 @@ def test_presets_have_one_to_ten_million_parameters(name):
 def test_preset_sizes_fit_together(preset):
     assert preset.texts % h.GROUPS == 0 and preset.texts >= (64 if preset.name != "smoke" else 1)
     assert max(preset.step_counts) <= preset.seq_len and preset.seq_len % 16 == 0
-
-
-def test_readme_snippets_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert snippets
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-
-
-def test_command_line_help_names_every_option(capsys):
-    with pytest.raises(SystemExit):
-        h.main(["train", "--help"])
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("--preset", "--model", "llada", "smoke"))

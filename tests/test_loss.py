@@ -1,7 +1,9 @@
 """Section 4: Eq. 3 and Eq. 5 against enumeration, the AR loss against the entropy."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import (
@@ -79,6 +81,55 @@ def test_integral_over_time_is_the_bound(predict):
     values = [n * enumerated_bernoulli_loss(predict, sequence, EVERYTHING, t) for t in grid]
     integral = sum(v * (1 if i in (0, 20) else 4 if i % 2 else 2) for i, v in enumerate(values)) / 60
     assert integral == pytest.approx(enumerated_nelbo(predict, sequence, EVERYTHING), rel=1e-5)
+
+
+@pytest.mark.parametrize("power", [1.0, h.POWER, 3.0])
+@pytest.mark.parametrize("maskable", [[True, True, True], [False, True, True], [True, False, False]], ids=str)
+@pytest.mark.parametrize("predict", [EXACT, WRONG], ids=["exact", "wrong"])
+def test_expectation_under_the_default_times_is_the_bound(monkeypatch, predict, maskable, power):
+    """No sampling at all: the batch's own times and weights, on a grid of u (Gauss-Legendre in its root), under every mask.
+
+    Masks of k of n tokens at time t have probability t^k (1 - t)^(n - k); the expected loss must be the NELBO per token.
+    """
+    sequence, maskable = EXACT.sequences[11], torch.tensor(maskable)
+    nodes, measure = (torch.tensor(x) for x in np.polynomial.legendre.leggauss(12))
+    root, du = (1 + nodes) / 2, measure / 2 * (1 + nodes)  # u = root^2, du = 2 root d(root)
+    rows, where, times = sequence.expand(len(root), -1), maskable.nonzero()[:, 0].tolist(), []
+    monkeypatch.setattr(h, "POWER", power)
+    monkeypatch.setattr(h, "stratified_times", lambda size, generator: root.square().float())
+    expected = 0.0
+    for subset in (c for size in range(1, len(where) + 1) for c in itertools.combinations(where, size)):
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        mask[:, list(subset)] = True
+
+        def masked_there(sequences, t, mask_id, free, generator, mask=mask):
+            assert torch.equal(free, maskable.expand_as(mask))
+            times.append(t.double())
+            return sequences.masked_fill(mask, mask_id), mask
+
+        monkeypatch.setattr(h, "forward_process", masked_there)
+        inputs, targets, weight = h.diffusion_batch(rows, maskable=maskable.expand(len(rows), -1))
+        nll = -predict(inputs).double().log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
+        loss = (weight * nll.where(weight > 0, 0)).sum(dim=1)
+        k, t = len(subset), times[-1]
+        expected += float((du * t**k * (1 - t) ** (len(where) - k) * loss).sum())
+    assert torch.allclose(times[0], root.square() ** power, atol=1e-6)
+    assert expected == pytest.approx(enumerated_nelbo(predict, sequence, maskable) / len(where), rel=1e-5)
+
+
+def test_default_power_draws_small_times_more_often():
+    """Not by accident that of the test above: t = u^POWER, and its density in the weight."""
+    rows = torch.full((8, 4000), 4)
+    inputs, _, weight = h.diffusion_batch(rows, seeded(0))
+    u = h.stratified_times(8, seeded(0)).double()
+    assert torch.allclose((inputs == MASK).double().mean(dim=1), u**h.POWER, atol=0.04)
+    assert torch.allclose(weight.double().amax(dim=1) * 4000, h.POWER / u, rtol=1e-4) and h.POWER > 1
+
+
+def test_the_smallest_number_of_a_batch_gives_no_time_zero(monkeypatch):
+    monkeypatch.setattr(h, "stratified_times", lambda size, _: torch.full((size,), 2.0**-24 / 512))
+    assert float(h.llada_loss(WRONG, EXACT.sequences, MASK, generator=seeded(0))) >= 0
+    assert all(x.isfinite().all() for x in h.diffusion_batch(torch.full((512, 50), 4), seeded(0)))
 
 
 def test_expected_loss_of_a_wrong_predictor_is_its_bound_per_token():

@@ -1,4 +1,4 @@
-"""Section 3: one Transformer, bidirectional or causal, with padding, cache and (optional) time."""
+"""Section 3: one Transformer, bidirectional or causal, with padding and cache."""
 
 import dataclasses
 
@@ -66,19 +66,17 @@ def test_only_relative_positions_matter():
     assert not close(shifted(ids), model(ids)), "at twice the distances the logits do move"
 
 
-@pytest.mark.parametrize("time_conditioning", [False, True])
-def test_causal_changes_no_parameter(time_conditioning):
-    a, b = (h.Transformer(config_of(causal=c, time_conditioning=time_conditioning)) for c in (False, True))
+def test_causal_changes_no_parameter():
+    a, b = (h.Transformer(config_of(causal=c)) for c in (False, True))
     assert a.n_parameters == b.n_parameters == sum(p.numel() for p in a.parameters())
     assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
 
 
-@pytest.mark.parametrize("time_conditioning", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
-def test_padding_is_not_attended_to(causal, time_conditioning):
+def test_padding_is_not_attended_to(causal):
     """A padded row has the logits of the shorter sequence, also next to a full row, also with masks in it."""
-    model, ids = model_of(causal=causal, time_conditioning=time_conditioning), ids_of(2, 9)
+    model, ids = model_of(causal=causal), ids_of(2, 9)
     ids[:, [1, 4]] = h.MASK_ID
     padded = ids.clone()
     padded[1, 6:] = h.PAD_ID
@@ -130,30 +128,6 @@ def test_cache_serves_blocks_of_the_bidirectional_model():
     assert close(model(ids[:, 3:7], cache=cache, start=3), whole[:, 3:7])
 
 
-def test_time_conditioning_adds_parameters_only_when_on():
-    off, on = h.Transformer(config_of()), h.Transformer(config_of(time_conditioning=True))
-    plain = h.Transformer(h.ModelConfig(11, 12, 2, 2, 16))
-    assert list(off.state_dict()) == list(plain.state_dict())
-    assert set(off.state_dict()) < set(on.state_dict()) and on.n_parameters > off.n_parameters
-
-
-@torch.no_grad()
-def test_masked_fraction_stands_in_for_time():
-    model, ids = model_of(time_conditioning=True), ids_of(3, 8)
-    ids[0, :2] = h.MASK_ID
-    ids[1, :] = h.MASK_ID
-    default = model(ids)
-    assert close(default, model(ids, torch.tensor([0.25, 1.0, 0.0])))
-    assert not close(default[:1], model(ids, torch.tensor([0.5, 1.0, 0.0]))[:1])
-    assert close(default[1:], model(ids, torch.tensor([0.5, 1.0, 0.0]))[1:]), "each row has its own time"
-
-
-@torch.no_grad()
-def test_without_time_conditioning_time_is_ignored():
-    model, ids = model_of(), ids_of(2, 8)
-    assert torch.equal(model(ids), model(ids, torch.tensor([0.1, 0.9])))
-
-
 @pytest.mark.parametrize("shape, start", [((1, 13), 0), ((12,), 0), ((1, 4, 3), 0), ((1, 3), 10)])
 def test_bad_ids(shape, start):
     model = model_of()
@@ -172,6 +146,7 @@ def test_bad_ids(shape, start):
         {"n_head": 3},
         {"dropout": 1.0},
         {"dropout": -0.1},
+        {"rotary_base": 0.0},
     ],
 )
 def test_bad_sizes(changes):
@@ -179,15 +154,15 @@ def test_bad_sizes(changes):
         config_of(**changes)
 
 
-@pytest.mark.parametrize("causal, time_conditioning", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
-def test_saved_and_loaded_is_the_same(tmp_path, causal, time_conditioning):
-    model = model_of(causal=causal, time_conditioning=time_conditioning)
+def test_saved_and_loaded_is_the_same(tmp_path, causal):
+    model = model_of(causal=causal)
     model.save_pretrained(tmp_path / "m")
     assert {p.name for p in (tmp_path / "m").iterdir()} >= {"config.json", "model.safetensors"}
-    again = h.Transformer.from_pretrained(tmp_path / "m").eval()
-    assert again.config == model.config and dataclasses.is_dataclass(again.config)
-    assert torch.equal(again(ids_of(2, 12)), model(ids_of(2, 12)))
+    for again in (h.Transformer.from_pretrained(tmp_path / "m").eval(), h.load_model(tmp_path / "m")):
+        assert again.config == model.config and dataclasses.is_dataclass(again.config) and not again.training
+        assert torch.equal(again(ids_of(2, 12)), model(ids_of(2, 12)))
 
 
 def test_first_prediction_is_uniform_and_every_parameter_can_learn():

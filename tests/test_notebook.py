@@ -114,7 +114,8 @@ def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
     clone(own)
     (bare / MAIN).write_bytes((ROOT / MAIN).read_bytes())
     (bare / "pip").mkdir()
-    (bare / "pip" / "__main__.py").write_text("")  # everything is installed, and there is no network
+    for module in ("__init__", "__main__"):  # a pip that does nothing: all is installed, and there is no network
+        (bare / "pip" / f"{module}.py").write_text("")
     (own / "own_words.txt").write_text("Die Würde des Menschen ist unantastbar.\r\n" * 60, encoding="utf-8")
     alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=str(bare), **OFFLINE)
     finish(start(own, MAIN, LLADA_DATA="own_words.txt"), alone)

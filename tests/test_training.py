@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 import llada_helpers as h
+from beyond import losses, variants
 from beyond.dialogue import response_tokens
 from beyond.losses import masked_mean, polynomial
 from beyond.recipe import PostNormEncoder
@@ -49,9 +50,9 @@ def train(root, config=CONFIG, model=MODEL, **more):
     return h.train("tiny", job_of(config, model, **more), root=root)
 
 
-def val_loss(model, rows, **job):
+def val_loss(trained, rows, /, **job):
     job = job_of(**job)
-    return float(job.validation_nats(model, rows).sum() / job.learned(rows).sum())
+    return float(job.validation_nats(trained, rows).sum() / job.learned(rows).sum())
 
 
 def checkpoint(run, root):
@@ -478,7 +479,7 @@ def test_without_checkpoints_it_begins_anew(reference, copy):
 def test_damaged_checkpoint_does_not_replace_the_sound_one(reference, copy, monkeypatch, occasion):
     """A kill while a checkpoint after the damage is put in place must not leave the damaged one alone."""
     (run, reference_root), (root, last, _) = reference, copy
-    last.write_bytes(flip_a_weight(last.read_bytes()))
+    last.write_bytes(DAMAGE["weight"](last.read_bytes()))
     with pytest.warns(UserWarning, match="damaged"), killed_at_rename(monkeypatch, "last.state", occasion):
         train(root)
     with warnings.catch_warnings():
@@ -552,36 +553,32 @@ def test_fingerprint_is_stable():
     assert mark() == mark(train_ids=TRAIN_IDS.clone()) == mark(make_batch=h.diffusion_batch) and len(mark()) == 12
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"config": h.TrainConfig(steps=9, batch_size=4, evals=4, eval_windows=4)},
-        {"config": h.TrainConfig(steps=8, batch_size=4, evals=4, eval_windows=4, seed=1)},
-        {"config": h.TrainConfig(steps=8, batch_size=4, evals=4, eval_windows=4, muon_lr=0.021)},
-        {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.1, causal=True)},
-        {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.2)},
-        {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.1, rotary_base=123.0)},
-        {"model": h.ModelConfig(10, 8, 1, 2, 8, dropout=0.1, attention_scale=1.23)},
-        {"train_ids": torch.cat((TRAIN_IDS[:-1], TRAIN_IDS[-1:] % 6 + 4))},
-        {"val_ids": VAL_IDS.flip(0)},
-        {"make_batch": h.next_token_batch},
-        {"make_batch": polynomial(2)},
-        {"make_batch": polynomial(3)},
-        {"learned": response_tokens},
-        {"config": replace(CONFIG, accumulation=2)},
-        {"architecture": TimeConditioned},
-        {"architecture": LearnedPositions},
-        {"train_ids": torch.cat((TRAIN_IDS, VAL_IDS[:20])), "val_ids": VAL_IDS[20:]},
-    ],
-    ids=[
-        *("steps", "seed", "rate", "causal", "dropout", "rotary base", "attention scale", "training data", "validation data"),
-        *("batch", "one power", "another power", "learned tokens", "accumulation", "time", "positions", "split point"),
-    ],
-)
-def test_fingerprint_changes_with(change, marks_seen=set()):  # noqa: B006
-    marks_seen.add(mark())
-    assert mark(**change) not in marks_seen, "nor are two changes alike"
-    marks_seen.add(mark(**change))
+CHANGES = {
+    "steps": {"config": replace(CONFIG, steps=9)},
+    "seed": {"config": replace(CONFIG, seed=1)},
+    "rate": {"config": replace(CONFIG, muon_lr=0.021)},
+    "accumulation": {"config": replace(CONFIG, accumulation=2)},
+    "causal": {"model": replace(MODEL, causal=True)},
+    "dropout": {"model": replace(MODEL, dropout=0.2)},
+    "rotary base": {"model": replace(MODEL, rotary_base=123.0)},
+    "attention scale": {"model": replace(MODEL, attention_scale=1.23)},
+    "training data": {"train_ids": torch.cat((TRAIN_IDS[:-1], TRAIN_IDS[-1:] % 6 + 4))},
+    "validation data": {"val_ids": VAL_IDS.flip(0)},
+    "split point": {"train_ids": torch.cat((TRAIN_IDS, VAL_IDS[:20])), "val_ids": VAL_IDS[20:]},
+    "shape of the data": {"train_ids": TRAIN_IDS.view(-1, 8)},
+    "batch": {"make_batch": h.next_token_batch},
+    "batch with a power": {"make_batch": polynomial(2)},
+    "batch with another power": {"make_batch": polynomial(3)},
+    "learned tokens": {"learned": response_tokens},
+    "time": {"architecture": TimeConditioned},
+    "positions": {"architecture": LearnedPositions},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_fingerprint_changes_with(change):
+    others = [mark(), *(mark(**changed) for name, changed in CHANGES.items() if name != change)]
+    assert mark(**CHANGES[change]) not in others, "nor are two changes alike"
 
 
 def test_fingerprint_changes_with_the_named_version_of_the_code(monkeypatch):
@@ -597,18 +594,29 @@ def test_fingerprint_changes_with_the_power_of_the_schedule_where_it_is_used(mon
     assert [a == b for a, b in zip(before, after)] == [False, True, True]
 
 
-# What decides the weights that a training ends with, and its code without comments, docstrings and white space.
-DECIDES = (
-    *(h._uniform, h.forward_process, h.stratified_times, h.windows, h._rms_norm, h._rotate, h.Block, h.Transformer),
-    *(h.diffusion_batch, h.next_token_batch, h.real_tokens, h.weighted_nll, h.orthogonalize, h.Muon, h.make_optimizer),
-    *(h.learning_rate_factor, h.training_batch, h.micro_batches, h.training_loop, h.train, h.Job.validation_sequences),
-    *(h.Job.validation_nats, h.ar_nll, h._nll, h.exact_masks, h.nelbo),
-)
-SHA256_OF_TRAINING_PATH = {"1": "?"}
+# What decides the weights that a training ends with. Runs are known by TRAINING_PATH and by names, not by this code, so
+# somebody has to say, whenever it changes, whether runs of before still count.
+DECIDES = {
+    "llada_helpers": (
+        *(h._uniform, h.forward_process, h.stratified_times, h.windows, h._rms_norm, h._rotate, h.Block, h.Transformer),
+        *(h.diffusion_batch, h.next_token_batch, h.real_tokens, h.weighted_nll, h.orthogonalize, h.Muon, h.make_optimizer),
+        *(h.learning_rate_factor, h.training_batch, h.micro_batches, h.training_loop, h.train, h.Job.validation_sequences),
+        *(h.Job.validation_nats, h.ar_nll, h._nll, h.exact_masks, h.nelbo),
+    ),
+    "beyond": (
+        *(losses.masked_mean, losses.masked_mean_over_t, losses.uniform_times, losses.independent_times),
+        *(losses.one_time_per_batch, losses.importance_times, losses.complementary_masks, losses.polynomial),
+        *(variants.AdaptiveNorm, TimeConditioned, variants.PositionEmbedding, LearnedPositions, PostNormEncoder, response_tokens),
+    ),
+}
+SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
+    ("llada_helpers", "1"): "f83e75f5ffc8f5f89c37a3c9c8e439e050482a2826a45ebf215d014e1267ee6d",
+    ("beyond", "1"): "76a70936f98fd8e399a8a65353cfc144fbffa933f3ae450f6956cca02209a143",
+}
 
 
 def code_of(thing):
-    """The tokens that count, joined: the same on every version of Python."""
+    """The tokens of its source, joined; comments, docstrings and white space aside. The same on every version of Python."""
     kept, beginning = [], True  # of a logical line: a string there is a docstring
     for kind, text, *_ in tokenize.generate_tokens(io.StringIO(textwrap.dedent(inspect.getsource(thing))).readline):
         if kind in (tokenize.COMMENT, tokenize.NL):
@@ -616,31 +624,32 @@ def code_of(thing):
         if not (kind == tokenize.STRING and beginning):
             kept.append(text)
         beginning = kind in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    return re.sub(r"\s", "", "".join(kept))
+    return re.sub(r"\s|(?<={){|(?<=})}", "", "".join(kept))  # doubled braces are one token since Python 3.12, and single
 
 
-def test_a_change_of_the_training_path_is_noticed():
-    """Runs are known by TRAINING_PATH, not by the code: somebody must decide whether old ones still count."""
-    sha256 = hashlib.sha256("".join(map(code_of, DECIDES)).encode()).hexdigest()
-    assert {h.TRAINING_PATH: sha256} == SHA256_OF_TRAINING_PATH, (
-        f"The code that trains has changed. If a training now ends with other weights, raise TRAINING_PATH in llada_helpers.py; "
-        f'then renew SHA256_OF_TRAINING_PATH here: {{h.TRAINING_PATH: "{sha256}"}}'
+@pytest.mark.parametrize("module", DECIDES)
+def test_a_change_of_the_code_that_trains_is_noticed(module):
+    sha256 = hashlib.sha256("".join(map(code_of, DECIDES[module])).encode()).hexdigest()
+    assert SHA256_OF_TOKENS.get((module, h.TRAINING_PATH)) == sha256, (
+        f"code that trains has changed in {module}. If a training now ends with other weights, raise llada_helpers.TRAINING_PATH "
+        f'(or, in beyond, rename what has changed). Then renew SHA256_OF_TOKENS: ("{module}", "{h.TRAINING_PATH}"): "{sha256}"'
     )
 
 
-def test_only_code_counts_for_it(tmp_path):
-    def one(x):
-        """Docstring."""
-        return f"{x + 1} ab"  # comment
+def test_comments_and_docstrings_and_layout_are_no_code():
+    def plain(x):
+        return f"{x + 1} a"
 
-    def two(x):
-        return f"{x + 1} ab"
+    def documented(x):
+        """Twice."""
+        # A comment.
+        return f"{x + 1} a"  # another  # fmt: skip
 
-    def three(x):
-        return f"{x - 1} ab"
+    def changed(x):
+        return f"{x - 1} a"
 
-    codes = [code_of(f).replace("one", "two").replace("three", "two") for f in (one, two, three)]
-    assert codes == ['deftwo(x):returnf"{x+1}a""b"'] * 2 + ['deftwo(x):returnf"{x-1}a""b"']
+    codes = [code_of(f).replace(f.__name__, "f") for f in (plain, documented, changed)]
+    assert codes == ['deff(x):returnf"{x+1}a"'] * 2 + ['deff(x):returnf"{x-1}a"']
 
 
 def trained_like(model, seed=0):
@@ -718,7 +727,7 @@ def test_exploding_training_stops(tmp_path):
 
 def test_exploding_at_the_first_validation_names_no_checkpoint(tmp_path):
     """There is none yet."""
-    with pytest.raises(RuntimeError, match="'step': 2.*no checkpoint") as error:
+    with pytest.raises(RuntimeError, match=r"'step': 2\b.*no checkpoint") as error:
         train(tmp_path, config=replace(EXPLOSIVE, warmup=0.0))
     assert not list(tmp_path.glob("checkpoints/*/*.state"))
     assert "last.state" not in str(error.value)
@@ -748,6 +757,16 @@ def test_batch_is_a_function_of_seed_and_step_alone(make_batch):
     for a, b in zip(first, batch(0, 3)):
         assert torch.equal(a, b)
     assert not torch.equal(first[1], batch(0, 4)[1]) and not torch.equal(first[1], batch(1, 3)[1])
+
+
+def test_dropout_is_a_function_of_seed_and_step_alone(tmp_path, monkeypatch):
+    """Another one in every step, the same in every run, whatever was drawn before."""
+    nll, seeds = h.weighted_nll, []
+    monkeypatch.setattr(h, "weighted_nll", lambda *given: seeds.append(torch.initial_seed()) or nll(*given))
+    for root, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(5)
+        train(tmp_path / root, config=replace(CONFIG, seed=seed))
+    assert seeds[:8] == seeds[8:16] and len(set(seeds)) == 16
 
 
 def test_batch_rows_are_windows_of_the_text_at_every_offset():

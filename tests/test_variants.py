@@ -1,0 +1,99 @@
+"""beyond/variants.py: a Transformer that is told the time, and one with learned positions."""
+
+import pytest
+import torch
+
+import llada_helpers as h
+from beyond.recipe import PostNormEncoder
+from beyond.variants import LearnedPositions, TimeConditioned
+
+CONFIG = h.ModelConfig(vocab_size=11, seq_len=12, n_layer=2, n_head=2, n_embd=16)
+ARCHITECTURES = [h.Transformer, TimeConditioned, LearnedPositions]
+
+
+def model_of(architecture, seed=0):
+    """Every weight random: a fresh one has zeros that hide what is tested."""
+    generator = torch.Generator().manual_seed(seed)
+    model = architecture(CONFIG).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def ids_of(*shape):
+    return torch.randint(4, 11, shape, generator=torch.Generator().manual_seed(1))
+
+
+def close(a, b):
+    return torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES[1:], PostNormEncoder])
+@torch.no_grad()
+def test_padding_is_not_attended_to(architecture):
+    """A padded row has the logits of the shorter sequence, also next to a full row, also with masks in it."""
+    model, ids = model_of(architecture), ids_of(2, 9)
+    ids[:, [1, 4]] = h.MASK_ID
+    padded = ids.clone()
+    padded[1, 6:] = h.PAD_ID
+    logits = model(padded)
+    assert logits.isfinite().all() and close(logits[0], model(ids)[0])
+    assert close(logits[1, :6], model(ids[1:, :6])[0])
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, PostNormEncoder])
+@torch.no_grad()
+def test_saved_and_loaded_is_the_same(tmp_path, architecture):
+    model, ids = model_of(architecture), ids_of(2, 12)
+    model.save_pretrained(tmp_path / "m")
+    again = h.load_model(tmp_path / "m", architecture)
+    assert type(again) is architecture and again.config == CONFIG and torch.equal(again(ids), model(ids))
+
+
+def test_what_is_added_is_parameters():
+    plain, *others = (architecture(CONFIG) for architecture in ARCHITECTURES)
+    for other in others:
+        assert other.n_parameters > plain.n_parameters
+        assert {name for name, _ in plain.named_parameters()} - {"embed.weight"} <= {name for name, _ in other.named_parameters()}
+    assert others[1].n_parameters - plain.n_parameters == CONFIG.seq_len * CONFIG.n_embd
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_first_prediction_is_uniform_and_every_parameter_can_learn(architecture):
+    assert (architecture(CONFIG)(ids_of(2, 5)).softmax(dim=-1) - 1 / 11).abs().max() < 1e-6
+    model = model_of(architecture)
+    model(ids_of(2, 5)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@torch.no_grad()
+def test_masked_fraction_stands_in_for_time():
+    """Padding does not count."""
+    model, ids = model_of(TimeConditioned), ids_of(3, 8)
+    ids[0, :2] = h.MASK_ID
+    ids[1, :] = h.MASK_ID
+    default = model(ids)
+    assert close(default, model(ids, torch.tensor([0.25, 1.0, 0.0])))
+    assert not close(default[:1], model(ids, torch.tensor([0.5, 1.0, 0.0]))[:1])
+    assert close(default[1:], model(ids, torch.tensor([0.5, 1.0, 0.0]))[1:]), "each row has its own time"
+    ids[0, 4:] = h.PAD_ID
+    assert close(model(ids), model(ids, torch.tensor([0.5, 1.0, 0.0])))
+
+
+@torch.no_grad()
+def test_a_fresh_one_is_not_yet_told_the_time():
+    """The modulation starts at zero: the same function as a Transformer of these weights."""
+    told, plain = TimeConditioned(CONFIG), h.Transformer(CONFIG)
+    torch.nn.init.normal_(told.head.weight)
+    plain.load_state_dict(told.state_dict(), strict=False)
+    assert close(told(ids_of(2, 8), torch.tensor([0.1, 0.9])), plain(ids_of(2, 8)))
+
+
+@torch.no_grad()
+def test_learned_positions_are_absolute_and_all_there_is():
+    """Not rotary: with an empty table the order of the others does not matter, with a full one it does."""
+    model, there, exchanged = model_of(LearnedPositions), torch.tensor([[4, 5, 6, 7]]), torch.tensor([[5, 4, 6, 7]])
+    assert not close(model(there)[0, 3], model(exchanged)[0, 3])
+    model.embed.positions.zero_()
+    assert close(model(there)[0, 3], model(exchanged)[0, 3])
