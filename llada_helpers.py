@@ -477,6 +477,7 @@ class Muon(torch.optim.AdamW):
     torch.optim.Muon works matrix by matrix in bfloat16, which CPUs without native bfloat16 emulate slowly; this one stacks equal
     shapes into one product and treats q, k, v as three matrices (`parts`).
     """
+    __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's own wants a "step" in every state, Muon's have none
     def __init__(self, params, weight_decay: float = 0.0):
         super().__init__(params, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # the loss scaler is to skip infinite gradients of Muon's, too
@@ -647,6 +648,7 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         block.compile()
     try:
         training_loop(network, prepared, job, accelerator, log)
+        log.record["complete"] = True
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted at step {log.step}; running the same again goes on from {log.states[0]}")
     finally:
@@ -759,8 +761,7 @@ class TrainingLog:
     def write_record(self) -> None:
         """Write the record as it stands, with the last row of the metrics."""
         if rows := self.progress["rows"]:
-            complete = self.step == self.job.train.steps
-            self.record |= {"best": min(row["val_loss"] for row in rows), **rows[-1], "complete": complete}
+            self.record |= {"best": min(row["val_loss"] for row in rows), **rows[-1]}
         if self.accelerator.is_main_process:
             write_atomically(self.path / "run.json", json.dumps(self.record, indent=1).encode())
         if self.writer:
@@ -884,15 +885,15 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     The draw inverts the cumulative distribution in float64: float32 Gumbel noise would lower the temperature (Zheng et
     al. 2024, arXiv:2409.02908). ValueError where every token has the logit -inf.
     """
-    if bool(logits.amax(dim=-1).isneginf().any()):
+    best, tokens = logits.max(dim=-1)
+    if bool(best.isneginf().any()):
         raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.double()
-    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+        return tokens
+    probs = ((logits.double() - best[:, None]) / temperature).exp()  # times a constant of the row
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True)
-        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0  # the first token always stays
+        ranked[ranked.cumsum(dim=-1) - ranked >= top_p * probs.sum(dim=-1, keepdim=True)] = 0  # the first token always stays
         probs = torch.zeros_like(probs).scatter(-1, index, ranked)
     cdf = probs.cumsum(dim=-1)
     total = cdf[:, -1:]

@@ -181,8 +181,8 @@ def experiment(
             print(f"{name}: the full suite, read from {tables / name}.csv")
             return known, curves
         if len(curves) and marks.keys() == wanted.keys() and tables == results.tables == COMMITTED:
-            made = f"made by the code of commit {known['commit'].iloc[0]}, not by that of today"
-            print(f"{name}: the full suite, read from {tables / name}.csv, {made}; python -m beyond.experiments {name} remakes it")
+            made = f"made at commit {known['commit'].iloc[0]} by earlier code (python -m beyond.experiments {name} remakes it)"
+            print(f"{name}: the full suite, read from {tables / name}.csv, {made}")
             return known, curves
     table = run_jobs(results, name, short, quiet=True, lengths=lengths)
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")
