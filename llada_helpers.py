@@ -1134,8 +1134,7 @@ def per_character(nats: Tensor, counts: Tensor) -> tuple[float, float]:
 
 def share(hits) -> tuple[float, float]:
     """A rate and the half-width of its 95% interval, from a sequence of n zeros and ones. The last term keeps 0 of n honest."""
-    hits = np.asarray(hits, dtype=float)
-    rate, n = float(hits.mean()), len(hits)
+    rate, n = float(np.asarray(hits, dtype=float).mean()), len(hits)
     return rate, 1.96 * math.sqrt((rate * (1 - rate) + 1.92 / n) / n)
 
 
@@ -1233,7 +1232,8 @@ def log_ticks(ax, ticks) -> None:
 
 def show(*things: Callable) -> None:
     """Display the source of functions, methods or classes as highlighted Markdown; docstrings and checks of arguments aside."""
-    display(Markdown("```python\n" + "\n\n\n".join(map(shown_source, things)) + "\n```"))
+    page = "<div style='font-family: monospace'>\n\n```python\n{}\n```\n\n</div>"  # without it nbconvert's page sets prose
+    display(Markdown(page.format("\n\n\n".join(map(shown_source, things)))))
 
 
 def shown_source(thing: Callable) -> str:

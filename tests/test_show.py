@@ -181,7 +181,8 @@ def display(monkeypatch, *things) -> str:
 def test_show_displays_highlighted_markdown(things, monkeypatch):
     """One cell of code, whatever is shown; IPython renders Markdown where no kernel runs, too."""
     shown = display(monkeypatch, things["plain"], things["Thing.method"])
-    assert shown == f"```python\n{SHOWN['plain'].strip()}\n\n\n{SHOWN['Thing.method'].strip()}\n```"
+    code = f"```python\n{SHOWN['plain'].strip()}\n\n\n{SHOWN['Thing.method'].strip()}\n```"
+    assert shown == f"<div style='font-family: monospace'>\n\n{code}\n\n</div>"
 
 
 # --- what the notebook shows ---
@@ -232,6 +233,6 @@ def test_what_is_shown_is_what_runs(name):
 @pytest.mark.parametrize("name", ["forward_process", "Block.forward", "training_loop", "reverse_process", "generate_ar", "nelbo"])
 def test_what_the_notebook_shows_fits_a_screen(name, monkeypatch):
     shown = display(monkeypatch, public()[name])
-    assert shown.count("\n") <= 50 and f"def {name.split('.')[-1]}(" in shown
+    assert shown.count("\n") <= 54 and f"def {name.split('.')[-1]}(" in shown
     assert not re.search(r'"""|^ *_check|\braise\b', shown, re.M)
     assert [line for line in shown.split("\n") if line.startswith("```")] == ["```python", "```"], "nothing else ends the code"
