@@ -761,7 +761,7 @@ class TrainingLog:
     def write_record(self) -> None:
         """Write the record as it stands, with the last row of the metrics."""
         if rows := self.progress["rows"]:
-            self.record |= {"best": min(row["val_loss"] for row in rows), **rows[-1]}
+            self.record |= {"best": min(row["val_loss"] for row in rows), **{key: rows[-1][key] for key in ("tokens", "seconds")}}
         if self.accelerator.is_main_process:
             write_atomically(self.path / "run.json", json.dumps(self.record, indent=1).encode())
         if self.writer:
@@ -832,7 +832,7 @@ def mixed_precision() -> str:
 def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
     """All runs under `root`/runs, a row each: where their settings differ, best validation, tokens, seconds, commit."""
     rows = [{"row": p.parent.name, **json.loads(p.read_text())} for p in sorted(Path(root).glob("runs/*/run.json"))]
-    table = pd.DataFrame(rows).drop(columns=["name", "step", "lr", "data_sha256"], errors="ignore")
+    table = pd.DataFrame(rows).drop(columns=["name", "data_sha256"], errors="ignore")
     kept = ["row", "complete", "parameters", "best", "tokens", "seconds", "device", "commit"]
     return table[[c for c in table if c in kept or table[c].astype(str).nunique() > 1]]
 

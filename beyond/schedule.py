@@ -73,7 +73,7 @@ def gradient_moment(
     Raises:
         ValueError: fewer than two batches.
 
-    >>> model, ids = nn.Embedding(8, 8), torch.arange(4, 8).repeat(10)  # logits that depend on the token alone
+    >>> model, ids = nn.Embedding(8, 8, _weight=torch.eye(8)), torch.arange(4, 8).repeat(10)  # logits by token alone
     >>> table = gradient_moment(model, ids, 8, (0.25, 1.0), 400, torch.Generator().manual_seed(0))
     >>> list(table), bool(table["second moment"][0] > 2 * table["second moment"][1])
     (['t', 'second moment', 'second moment ±'], True)

@@ -165,7 +165,8 @@ def test_training_learns_and_leaves_its_record(tmp_path, causal):
     record = json.loads((run.path / "run.json").read_text())
     assert record == run.summary
     assert record["causal"] is causal and record["batch"] == ("next_token_batch" if causal else "diffusion_batch")
-    assert record["complete"] and record["steps"] == record["step"] == 30 and record["best"] == run.metrics.val_loss.min()
+    assert record["complete"] and record["steps"] == 30 and record["tokens"] == 30 * 32
+    assert record["best"] == run.metrics.val_loss.min()
     assert record["parameters"] == run.model.n_parameters and record["tokens"] == 30 * 32
     assert {"device", "torch", "python", "commit", "data_sha256", "processes", "precision"} <= record.keys()
     assert list(run.path.glob("events.out.tfevents*"))
