@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 
 PAD, MASK, START, END = range(4)
 FIRST = 4  # the first data id
@@ -131,3 +132,26 @@ def within(values, expected, errors=4):
     values = torch.as_tensor(values, dtype=torch.float64)
     error = float(values.std()) / math.sqrt(len(values))
     return abs(float(values.mean()) - expected) <= errors * error + 1e-6
+
+
+@st.composite
+def templates(draw, vocabulary):
+    """A template with masks in some row, a block length that divides every row's number of masks, the number of blocks."""
+    length = draw(st.integers(1, 8))
+    token = st.integers(0, vocabulary - 1).filter(lambda v: v != MASK)
+    block_length = draw(st.one_of(st.none(), st.integers(1, 3)))
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        row = draw(st.lists(token, min_size=length, max_size=length))
+        n = draw(st.integers(0, length))
+        n -= n % (block_length or 1)
+        for i in draw(st.permutations(range(length)))[:n]:
+            row[i] = MASK
+        rows.append(row)
+    template = torch.tensor(rows)
+    most = int((template == MASK).sum(dim=1).max())
+    if most == 0:
+        template[0, :] = MASK
+        most, block_length = length, None
+    n_blocks = 1 if block_length is None else most // block_length
+    return template, block_length, n_blocks

@@ -88,50 +88,6 @@ def test_unequal_numbers_of_tokens(n_samples, runs):
     assert float(values[:, 2].std()) < 1e-5, "one token: nothing is left to chance"
 
 
-def test_given_tokens_condition():
-    k, maskable = 7, torch.tensor([False, True, True])
-    sequence = EXACT.sequences[k]
-    expected = float(EXACT.log_prob(torch.tensor([[int(sequence[0]), MASK, MASK]])) - EXACT.logp[k])
-    assert within(estimates(EXACT, sequence, 500, maskable=maskable[None]), expected)
-
-
-def test_number_masked_is_uniform_and_exact():
-    """n_samples = n hits every l once; a single sample's l is uniform; the masked set is uniform given l."""
-    sequence = LONG.sequences[3]
-    seen = []
-
-    def predict(ids):
-        seen.append(ids == MASK)
-        return LONG(ids)
-
-    for s in range(40):
-        seen.clear()
-        lik.low_noise_nelbo(predict, sequence[None], MASK, n_samples=4, generator=seeded(s))
-        assert sorted(torch.cat(seen).sum(dim=1).tolist()) == [1, 2, 3, 4]
-    seen.clear()
-    estimates(predict, sequence, 1200)
-    sets = torch.cat(seen)
-    counts = torch.bincount(sets.sum(dim=1), minlength=5)
-    assert counts[0] == 0 and float((counts[1:] - 300).abs().max()) < 4.5 * math.sqrt(300 * 0.75)
-    ones = sets[sets.sum(dim=1) == 1].sum(dim=0)
-    assert float((ones - ones.sum() / 4).abs().max()) < 4.5 * math.sqrt(float(ones.sum()) * 3 / 16)
-
-
-def test_number_masked_covers_a_batch_evenly():
-    """16 rows of 4 tokens, one sample: every l four times (give or take where the random shift cuts)."""
-    seen = []
-
-    def predict(ids):
-        seen.append(ids == MASK)
-        return LONG(ids)
-
-    for s in range(20):
-        seen.clear()
-        lik.low_noise_nelbo(predict, LONG.sequences, MASK, n_samples=1, generator=seeded(s))
-        counts = torch.bincount(torch.cat(seen).sum(dim=1), minlength=5)
-        assert counts[1:].min() >= 3 and counts[1:].max() <= 5
-
-
 @pytest.mark.parametrize("k, maskable", [(4, [True, True, True]), (22, [True, True, True]), (13, [False, True, True])])
 def test_many_samples_are_unbiased_for_a_wrong_predictor(k, maskable):
     """From MANY_SAMPLES on, l is no longer uniform: the weights must make up for it exactly."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FIRST, MASK, ChiSquare, ExactPredictor, WrongPredictor
+from oracle import FIRST, MASK, ChiSquare, ExactPredictor, WrongPredictor, templates
 
 import llada_helpers as h
 from beyond import decoding as d
@@ -600,23 +600,7 @@ def test_revision_errors(options):
 
 @st.composite
 def requests(draw):
-    length = draw(st.integers(1, 8))
-    token = st.integers(0, VOCABULARY - 1).filter(lambda v: v != MASK)
-    block_length = draw(st.one_of(st.none(), st.integers(1, 3)))
-    rows = []
-    for _ in range(draw(st.integers(1, 4))):
-        row = draw(st.lists(token, min_size=length, max_size=length))
-        n = draw(st.integers(0, length))
-        n -= n % (block_length or 1)
-        for i in draw(st.permutations(range(length)))[:n]:
-            row[i] = MASK
-        rows.append(row)
-    template = torch.tensor(rows)
-    most = int((template == MASK).sum(dim=1).max())
-    if most == 0:
-        template[0, :] = MASK
-        most, block_length = length, None
-    n_blocks = 1 if block_length is None else most // block_length
+    template, block_length, n_blocks = draw(templates(VOCABULARY))
     adaptive = draw(
         st.sampled_from([0.0, 0.3, 0.9, 1.0]).map(d.threshold) | st.sampled_from([0.0, 0.7, 9.0]).map(d.entropy_bound)
     )

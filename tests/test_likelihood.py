@@ -8,6 +8,7 @@ import torch
 from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, within
 
 import llada_helpers as h
+from beyond.likelihood import low_noise_nelbo
 
 EXACT = ExactPredictor(length=3, symbols=3)
 LONG = ExactPredictor(length=4, symbols=2, seed=2)
@@ -20,11 +21,13 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def estimates(predict, sequence, runs, n_samples=1, **options):
+BOUNDS = pytest.mark.parametrize("bound", [h.nelbo, low_noise_nelbo])
+
+
+def estimates(predict, sequence, runs, n_samples=1, bound=h.nelbo, **options):
     """One row at a time, so that nothing is shared between the estimates."""
-    return torch.stack(
-        [h.nelbo(predict, sequence[None], MASK, n_samples=n_samples, generator=seeded(s), **options)[0] for s in range(runs)]
-    )
+    options = {"n_samples": n_samples, **options}
+    return torch.stack([bound(predict, sequence[None], MASK, generator=seeded(s), **options)[0] for s in range(runs)])
 
 
 @pytest.mark.parametrize("n_samples", [1, 2, 3, 5])
@@ -79,14 +82,16 @@ def test_padded_row_of_the_exact_predictor():
     assert within(estimates(EXACT, row, 500, maskable=(row != PAD)[None]), expected)
 
 
-def test_given_tokens_condition():
+@BOUNDS
+def test_given_tokens_condition(bound):
     k, maskable = 7, torch.tensor([False, True, True])
     sequence = EXACT.sequences[k]
     expected = float(EXACT.log_prob(torch.tensor([[int(sequence[0]), MASK, MASK]])) - EXACT.logp[k])
-    assert within(estimates(EXACT, sequence, 500, maskable=maskable[None]), expected)
+    assert within(estimates(EXACT, sequence, 500, bound=bound, maskable=maskable[None]), expected)
 
 
-def test_number_masked_is_uniform_and_exact():
+@BOUNDS
+def test_number_masked_is_uniform_and_exact(bound):
     """n_samples = n hits every l once; a single sample's l is uniform; the masked set is uniform given l."""
     sequence = LONG.sequences[3]
     seen = []
@@ -97,10 +102,10 @@ def test_number_masked_is_uniform_and_exact():
 
     for s in range(40):
         seen.clear()
-        h.nelbo(predict, sequence[None], MASK, n_samples=4, generator=seeded(s))
+        bound(predict, sequence[None], MASK, n_samples=4, generator=seeded(s))
         assert sorted(torch.cat(seen).sum(dim=1).tolist()) == [1, 2, 3, 4]
     seen.clear()
-    estimates(predict, sequence, 1200)
+    estimates(predict, sequence, 1200, bound=bound)
     sets = torch.cat(seen)
     counts = torch.bincount(sets.sum(dim=1), minlength=5)
     assert counts[0] == 0 and float((counts[1:] - 300).abs().max()) < 4.5 * math.sqrt(300 * 0.75)
@@ -108,7 +113,8 @@ def test_number_masked_is_uniform_and_exact():
     assert float((ones - ones.sum() / 4).abs().max()) < 4.5 * math.sqrt(float(ones.sum()) * 3 / 16)
 
 
-def test_number_masked_covers_a_batch_evenly():
+@BOUNDS
+def test_number_masked_covers_a_batch_evenly(bound):
     """16 rows of 4 tokens, one sample: every l four times (give or take where the random shift cuts)."""
     seen = []
 
@@ -118,7 +124,7 @@ def test_number_masked_covers_a_batch_evenly():
 
     for s in range(20):
         seen.clear()
-        h.nelbo(predict, LONG.sequences, MASK, n_samples=1, generator=seeded(s))
+        bound(predict, LONG.sequences, MASK, n_samples=1, generator=seeded(s))
         counts = torch.bincount(torch.cat(seen).sum(dim=1), minlength=5)
         assert counts[1:].min() >= 3 and counts[1:].max() <= 5
 
