@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, crossover, recipe, schedule, vocabulary
+from beyond import ablations, budget, crossover, recipe, schedule, tuning, vocabulary
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
@@ -59,7 +59,12 @@ class Row(NamedTuple):
     nats: Tensor  # FloatTensor[N], the mean over seeds
 
 
-def _row(row: str, trials: list[H.Job], runs: list[H.Run], lengths: Tensor | None, first: Row | None) -> Row:
+Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training; its "nats/char" replaces that of validation
+
+
+def _row(
+    row: str, trials: list[H.Job], runs: list[H.Run], lengths: Tensor | None, measure: Measure | None, first: Row | None
+) -> Row:
     """One line of a table from its finished runs."""
     job, summary = trials[0], runs[0].summary
     sequences = job.validation_sequences()
@@ -70,6 +75,10 @@ def _row(row: str, trials: list[H.Job], runs: list[H.Run], lengths: Tensor | Non
     result = Row({"row": row}, [], sequences, learned, torch.stack(nats).mean(dim=0))
     line = result.line
     line["nats/char"], line["95% ±"] = H.per_character(result.nats, counts)
+    if measure:  # what is no number is that of the first seed
+        further = pd.DataFrame([measure(trial, run) for trial, run in zip(trials, runs)])
+        line |= further.iloc[0].to_dict() | further.mean(numeric_only=True).to_dict()
+        each = further["nats/char"].tolist()
     line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": over_seeds(each)}
     first = first or result
     if torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned):
@@ -100,6 +109,7 @@ def run_jobs(
     only: str = "",
     quiet: bool = False,
     lengths: dict[str, Tensor] | None = None,
+    measure: Measure | None = None,
 ) -> pd.DataFrame:
     """Train every job (or load it); write tables/NAME.csv, a row for each entry of `jobs`, and tables/NAME_curves.csv.
 
@@ -112,6 +122,7 @@ def run_jobs(
         compiled: torch.compile the blocks of our Transformers.
         only: rows that match this regular expression; nothing is written then.
         lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
+        measure: further columns, a mean over seeds each; its "nats/char" takes the place of the one on the validation's windows.
 
     >>> import os, tempfile
     >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
@@ -128,7 +139,7 @@ def run_jobs(
         if re.search(only, row):
             fast = compiled and issubclass(trials[0].architecture, H.Transformer)
             runs = [_train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
-            rows.append(_row(row, trials, runs, (lengths or {}).get(row), rows[0] if rows else None))
+            rows.append(_row(row, trials, runs, (lengths or {}).get(row), measure, rows[0] if rows else None))
     table = pd.DataFrame([row.line for row in rows])
     if only:
         return table.round(4)
@@ -155,13 +166,11 @@ def _read_table(path: Path) -> pd.DataFrame:
         return pd.DataFrame()
 
 
-def experiment(
-    results: H.Results, name: str, full: Jobs, short: Jobs, lengths: dict[str, Tensor] | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options) -> tuple[pd.DataFrame, pd.DataFrame]:
     """NAME.csv and NAME_curves.csv if `full`'s trainings made them, else those of `short`, trained here.
 
     Looked for where `results` writes and among the committed tables. On the named run a committed table of the same rows is shown
-    even if earlier code made it, which is then said: hours of training tell more than minutes. `lengths` as in `run_jobs`.
+    even if earlier code made it, which is then said: hours of training tell more than minutes. `options` are `run_jobs`'s.
 
     >>> import os, tempfile
     >>> ids, here, results = torch.arange(4, 10).repeat(20), os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
@@ -184,7 +193,7 @@ def experiment(
             made = f"made at commit {known['commit'].iloc[0]} by earlier code (python -m beyond.experiments {name} remakes it)"
             print(f"{name}: the full suite, read from {tables / name}.csv, {made}")
             return known, curves
-    table = run_jobs(results, name, short, quiet=True, lengths=lengths)
+    table = run_jobs(results, name, short, quiet=True, **options)
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")
 
 
@@ -198,6 +207,7 @@ class Suite(NamedTuple):
     about: str
     sizes: dict[str, tuple]  # by preset
     jobs: Callable  # (preset, size, text, (vocab_size, train_ids, val_ids)) -> (Jobs, lengths by row or None)
+    measure: Callable[[H.Preset, str], Measure] | None = None  # as in `run_jobs`
 
 
 SUITES = {
@@ -226,6 +236,22 @@ SUITES = {
         schedule.SIZES,
         lambda preset, size, text, data: (schedule.schedule_jobs(preset, size, *data), None),
     ),
+    "tuning": Suite(
+        "LLaDA's recipe with one of its choices changed, at a third of the preset's training",
+        tuning.SIZES,
+        lambda preset, size, text, data: (tuning.llada_jobs(preset, size, *data), None),
+    ),
+    "tuning_ar": Suite(
+        "AR's recipe with one of its choices changed",
+        tuning.SIZES,
+        lambda preset, size, text, data: (tuning.ar_jobs(preset, size, *data), None),
+    ),
+    "budget": Suite(
+        "what more training buys: LLaDA and AR at several budgets",
+        budget.SIZES,
+        lambda preset, size, text, data: (budget.budget_jobs(size, *data), None),
+        budget.budget_measure,
+    ),
     "schedule_full": Suite(
         "t = u against ours, as long as the preset trains, two seeds",
         {name: (schedule.SIZES[name][0], preset.llada) for name, preset in H.PRESETS.items()},
@@ -234,18 +260,19 @@ SUITES = {
 }
 
 
-def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict[str, Tensor] | None]:
-    """The full and the short form of a suite, and its tokens' characters by row if they are not one each: for `experiment`.
+def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict]:
+    """The full and the short form of a suite, and `run_jobs`'s options for it, "lengths" and "measure": for `experiment`.
 
-    >>> full, short, lengths = suite("recipe", H.PRESETS["smoke"], "to be, or not to be " * 20)
-    >>> full["ours"][0].train.steps, [form["MDLM tutorial's recipe"][0].train.steps for form in (full, short)], lengths
-    (200, [2, 1], None)
+    >>> full, short, options = suite("recipe", H.PRESETS["smoke"], "to be, or not to be " * 20)
+    >>> full["ours"][0].train.steps, [form["MDLM tutorial's recipe"][0].train.steps for form in (full, short)], options
+    (200, [2, 1], {'lengths': None, 'measure': None})
     """
     tokenizer = H.CharTokenizer.from_text(text)
     data = (tokenizer.vocab_size, *H.split(tokenizer.encode(text)))
-    small, large = SUITES[name].sizes[preset.name]
-    (full, lengths), (short, _) = (SUITES[name].jobs(preset, size, text, data) for size in (large, small))
-    return full, short, lengths
+    known = SUITES[name]
+    small, large = known.sizes[preset.name]
+    (full, lengths), (short, _) = (known.jobs(preset, size, text, data) for size in (large, small))
+    return full, short, {"lengths": lengths, "measure": known.measure and known.measure(preset, text)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -290,9 +317,9 @@ def main(arguments: list[str] | None = None) -> None:
         run = H.train(f"{preset.name}-{arguments.model}", job, compiled=preset.compiled)
         print(json.dumps({"run": str(run.path), **{key: run.summary[key] for key in ("best", "steps", "tokens", "seconds")}}))
         return
-    jobs, _, lengths = suite(arguments.command, preset, text)
-    options = {"compiled": preset.compiled, "only": arguments.only, "lengths": lengths}
-    table = run_jobs(H.Results(preset, text), arguments.command, jobs, **options)
+    jobs, _, options = suite(arguments.command, preset, text)
+    results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}
+    table = run_jobs(results, arguments.command, jobs, **options)
     print(table.iloc[:, :8].to_string(index=False))
 
 

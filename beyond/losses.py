@@ -135,3 +135,24 @@ def polynomial(power: float) -> Callable[[Tensor, torch.Generator, Tensor], tupl
 
     batch.__name__ = batch.__qualname__ = f"polynomial_{power}"
     return batch
+
+
+def switched(
+    first: Callable, then: Callable, step: int
+) -> Callable[[Tensor, torch.Generator, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """The batches of `first` before this step of a training, those of `then` from it on.
+
+    The step is read off the generator, which `llada_helpers.training_batch` seeds with (seed, step).
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> batch = switched(masked_mean, uniform_times, 100)
+    >>> [len(batch(ids, torch.Generator().manual_seed(step), learned)[2].unique()) - 1 for step in (99, 100)]  # kinds of weights
+    [1, 4]
+    """
+
+    def batch(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = first if generator.initial_seed() % 1_000_003 < step else then
+        return chosen(sequences, generator, learned)
+
+    batch.__name__ = batch.__qualname__ = f"{first.__name__}_until_{step}_then_{then.__name__}"
+    return batch

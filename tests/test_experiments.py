@@ -543,6 +543,8 @@ def test_train_from_the_command_line(tiny, capsys, model):
         ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),
         ("schedule_full", str(h.POWER), f"t = u^{h.POWER}"),
+        ("tuning", "^8 windows$", "8 windows"),
+        ("tuning_ar", "^dropout", "dropout 0.1"),
         ("vocabulary", "^AR, char", "AR, characters"),
     ],
 )
@@ -554,15 +556,16 @@ def test_one_row_of_an_experiment_from_the_command_line(tiny, capsys, command, o
 @pytest.mark.parametrize("name", ["crossover", "schedule"])
 def test_experiment_from_the_command_line_is_what_the_notebook_loads(tiny, monkeypatch, name):
     main([name, "--preset", "smoke"])
-    full, _, lengths = suite(name, h.PRESETS["smoke"], h.load_text())
+    full, _, options = suite(name, h.PRESETS["smoke"], h.load_text())
     monkeypatch.setattr(h, "train", None)
-    table, curves = experiment(h.Results(h.PRESETS["smoke"], h.load_text()), name, full, {}, lengths)
+    table, curves = experiment(h.Results(h.PRESETS["smoke"], h.load_text()), name, full, {}, **options)
     assert table.row.tolist() == list(full) and set(curves.row) == set(full)
 
 
 @pytest.mark.parametrize("name", experiments.SUITES)
 def test_every_suite_has_two_forms_for_every_preset(tiny, name):
-    full, short, lengths = suite(name, h.PRESETS["smoke"], h.load_text())
+    full, short, options = suite(name, h.PRESETS["smoke"], h.load_text())
+    lengths = options["lengths"]
     assert full and short and set(experiments.SUITES[name].sizes) == set(h.PRESETS)
     assert lengths is None or set(lengths) == set(full) == set(short)
     assert all(len({job.train.seed for job in trials}) == len(trials) for trials in full.values())

@@ -1,0 +1,172 @@
+"""What more training buys: LLaDA and AR at several budgets, each a training of its own with its own decay.
+
+Compute is counted, not clocked: a training costs three forward passes for each character that it reads (forward, and twice as
+much backward), a forward pass two operations for each weight of a matrix and, for attention, four for each key and unit of width.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+import llada_helpers as H
+from beyond import quality
+
+
+class Budget(NamedTuple):
+    """A share of what a preset trains, and with how many seeds."""
+
+    preset: str
+    share: float
+    seeds: int
+
+
+def _shares(preset: str, *shares: int) -> list[Budget]:
+    return [*(Budget(preset, 1 / n, 2) for n in shares), Budget(preset, 1, 2)]
+
+
+_SMOKE = {"LLaDA": _shares("smoke", 2), "AR": _shares("smoke", 2)}
+_CPU = {"LLaDA": _shares("cpu", 9, 3), "AR": _shares("cpu", 27, 9, 3)}
+_LONG = {name: [*rows, Budget("cpu_long", 1, 1)] for name, rows in _CPU.items()}
+_GPU = {"LLaDA": _shares("gpu", 9, 3), "AR": _shares("gpu", 27, 9, 3)}
+SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _LONG), "cpu_long": (_SMOKE, _LONG), "gpu": (_SMOKE, _GPU)}
+
+
+def flop_per_character(config: H.ModelConfig) -> int:
+    """Operations of a forward pass for one character of a full window; the causal mask halves nothing here.
+
+    >>> flop_per_character(H.ModelConfig(vocab_size=10, seq_len=4, n_layer=1, n_head=1, n_embd=2))
+    168
+    """
+    width = config.n_embd
+    matrices = 12 * config.n_layer * width**2 + config.vocab_size * width
+    return 2 * matrices + 4 * config.n_layer * width * config.seq_len
+
+
+def training_flop(job: H.Job) -> int:
+    """Operations of a whole training.
+
+    >>> ids = torch.arange(4, 10)
+    >>> job = H.Job(H.ModelConfig(10, 4, n_layer=1, n_head=1, n_embd=2), H.TrainConfig(steps=5, batch_size=2), ids, ids)
+    >>> training_flop(job)  # 40 characters
+    20160
+    """
+    return 3 * flop_per_character(job.model) * job.train.steps * job.train.batch_size * job.model.seq_len
+
+
+def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
+    """A row for each model and budget, a training for each seed: that of the preset, with fewer steps.
+
+    >>> ids = torch.arange(4, 30)
+    >>> {row: [job.train.steps for job in trials] for row, trials in budget_jobs(SIZES["smoke"][1], 30, ids, ids).items()}
+    {'LLaDA, smoke / 2': [100, 100], 'LLaDA, smoke': [200, 200], 'AR, smoke / 2': [100, 100], 'AR, smoke': [200, 200]}
+    """
+    jobs = {}
+    for name, rows in budgets.items():
+        for preset, share, seeds in rows:
+            job = H.PRESETS[preset].jobs(vocab_size, train_ids, val_ids)[name]
+            config = job.train
+            if share < 1:
+                config = replace(config, steps=round(share * config.steps), evals=max(1, round(share * config.evals)))
+            row = f"{name}, {preset}" + (f" / {round(1 / share)}" if share < 1 else "")
+            jobs[row] = [replace(job, train=replace(config, seed=seed)) for seed in range(seeds)]
+    return jobs
+
+
+def write(model: H.Transformer, template: Tensor, generator: torch.Generator) -> H.Generation:
+    """Continue templates at temperature 1, one character per pass: in random order, or from left to right if the model is causal.
+
+    >>> model = H.Transformer(H.ModelConfig(vocab_size=9, seq_len=6, n_layer=1, n_head=1, n_embd=8))
+    >>> write(model, torch.tensor([[4, 5, *[H.MASK_ID] * 4]]), torch.Generator().manual_seed(0)).nfe
+    4
+    """
+    free, special = int((template[0] == H.MASK_ID).sum()), (H.PAD_ID, H.START_ID, H.END_ID)
+    options = {"temperature": 1.0, "generator": generator}
+    if model.config.causal:
+        options |= {"start_id": H.START_ID, "forbidden": (H.MASK_ID, *special)}
+        return H.generate_ar(model, template[:, : template.shape[1] - free], free, **options)
+    return H.reverse_process(model, template, mask_id=H.MASK_ID, steps=free, remasking="random", forbidden=special, **options)
+
+
+def validation_nats(model: H.Transformer, val_ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Nats and characters of each validation window of the model's length, [N] each: as Part 8 measures them.
+
+    >>> model = H.Transformer(H.ModelConfig(vocab_size=9, seq_len=4, n_layer=1, n_head=1, n_embd=8, causal=True))
+    >>> [x.tolist() for x in validation_nats(model, torch.arange(4, 9), 1)]  # blank: ln 9 for each of 4 characters, and of 1
+    [[8.78..., 2.19...], [4, 1]]
+    """
+    windows = H.windows(val_ids, model.config.seq_len)
+    real = windows != H.PAD_ID
+    if model.config.causal:
+        return H.ar_nll(model, windows, H.START_ID).cpu(), real.sum(dim=1)
+    options = {"n_samples": samples, "maskable": real, "generator": torch.Generator().manual_seed(0)}
+    return H.nelbo(model, windows, H.MASK_ID, **options).cpu(), real.sum(dim=1)
+
+
+def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Callable[[H.Job, H.Run], dict]:
+    """What `run_jobs` adds to a row: compute, nats per character of the whole validation text, judge, known words, a sample.
+
+    Texts are continued from equal prompts of equal length, one window of the preset, whatever the model's own window; judge and
+    words are those of Part 8. The sample begins with `prompt`, or with the validation text if the text lacks its characters.
+
+    >>> text = "to be, or not to be " * 40
+    >>> tokenizer = H.CharTokenizer.from_text(text)
+    >>> shape = H.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8)
+    >>> job = H.Job(shape, H.TrainConfig(1, 2), *H.split(tokenizer.encode(text)))
+    >>> run = H.Run(H.Transformer(shape), pd.DataFrame(), {}, None)
+    >>> row = budget_measure(H.PRESETS["smoke"], text)(job, run)
+    >>> row["model"], round(row["nats/char"], 2), len(row["sample"])  # blank: ln 12
+    ('LLaDA', 2.48, 64)
+    """
+    tokenizer = H.CharTokenizer.from_text(text)
+    train_ids, val_ids = H.split(tokenizer.encode(text))
+    train_text, length = text[: len(train_ids)], preset.seq_len
+    judge, copies = H.ngram_judge(train_text), H.copy_index(train_text)
+    words = {word.lower() for word in H.WORD.findall(train_text)}
+    _, template = quality.prompts(H.windows(val_ids, length), preset.texts)
+    opening = torch.full((1, length), H.MASK_ID)
+    start = prompt if set(prompt) <= set(text) else text[len(train_ids) :][: len(prompt)]
+    opening[0, : len(start)] = tokenizer.encode(start)
+
+    def scores(ids: Tensor) -> dict[str, float]:
+        groups = []
+        for group in ids.tensor_split(H.GROUPS):
+            whole = [tokenizer.decode(one) for one in group]
+            score = {"judge nats/char": np.mean([judge(one, quality.PREFIX) for one in whole])}
+            groups.append(score | H.text_metrics([one[quality.PREFIX :] for one in whole], copies, words))
+        return H.grouped(groups)
+
+    def measure(job: H.Job, run: H.Run) -> dict:
+        device = next(run.model.parameters()).device
+        nats, interval = H.per_character(*validation_nats(run.model, val_ids, preset.nelbo_samples))
+        made, sample = (write(run.model, x.to(device), torch.Generator().manual_seed(0)).ids for x in (template, opening))
+        score = {key: value for key, value in scores(made).items() if key.startswith(("judge", "known", "char"))}
+        counted = {"model": "AR" if job.model.causal else "LLaDA", "PFLOP": training_flop(job) / 1e15}
+        return {**counted, "nats/char": nats, "95% ±": interval, **score, "sample": tokenizer.decode(sample[0])}
+
+    return measure
+
+
+def compute_ratio(table: pd.DataFrame) -> tuple[float, float]:
+    """How many times AR's compute LLaDA needs for the same nats per character, at the least and at the most of the numbers that
+    both curves pass; each curve is straight between its budgets in log compute. (NaN, NaN) where the curves have none in common.
+
+    >>> curves = {"LLaDA": ((1, 2.5), (10, 2.0), (100, 1.5)), "AR": ((0.1, 2.5), (1, 2.0), (10, 1.5))}
+    >>> rows = [{"model": name, "PFLOP": c, "nats/char": n} for name, curve in curves.items() for c, n in curve]
+    >>> [round(ratio, 6) for ratio in compute_ratio(pd.DataFrame(rows))]
+    [10.0, 10.0]
+    """
+    curves = {}
+    for name, part in table.groupby("model"):
+        part = part.sort_values("nats/char")
+        curves[name] = part["nats/char"].to_numpy(), np.log(part["PFLOP"].to_numpy())
+    low, high = (pick(curve[0][end] for curve in curves.values()) for pick, end in ((max, 0), (min, -1)))
+    if low > high:
+        return float("nan"), float("nan")
+    at = np.array([n for nats, _ in curves.values() for n in nats if low <= n <= high])
+    ratios = np.exp(np.interp(at, *curves["LLaDA"]) - np.interp(at, *curves["AR"]))
+    return float(ratios.min()), float(ratios.max())
