@@ -18,6 +18,7 @@ How to train, by suites of experiments:
     recipe        the MDLM tutorial's recipe beside ours
     crossover     little text, many epochs
     vocabulary    characters against byte pairs
+    blocks        block diffusion: from AR to LLaDA in one number, with an exact cache
 
 What a trained model knows:
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, budget, crossover, recipe, schedule, tuning, vocabulary
+from beyond import ablations, blocks, budget, crossover, recipe, schedule, tuning, vocabulary
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
@@ -215,6 +215,11 @@ SUITES = {
         "LLaDA with one thing changed at a time",
         ablations.SIZES,
         lambda preset, size, text, data: (ablations.ablation_jobs(preset, size, *data), None),
+    ),
+    "blocks": Suite(
+        "block diffusion between AR and LLaDA, at equal steps and at equal compute",
+        blocks.SIZES,
+        lambda preset, size, text, data: (blocks.block_jobs(preset, size, *data), None),
     ),
     "crossover": Suite(
         "LLaDA against AR on little text, for many epochs",

@@ -18,7 +18,7 @@ from oracle import MASK, PAD, ExactPredictor, WrongPredictor, enumerated_nelbo, 
 from torch import nn
 
 import llada_helpers as h
-from beyond import ablations, crossover, experiments, losses, recipe, schedule, vocabulary
+from beyond import ablations, blocks, crossover, experiments, losses, recipe, schedule, vocabulary
 from beyond.experiments import experiment, main, over_seeds, run_jobs, suite
 from beyond.schedule import POWERS, gradient_moment, implied_power
 
@@ -511,7 +511,7 @@ def tiny(tmp_path, monkeypatch):
     config, sizes = h.TrainConfig(2, 2, evals=1, eval_windows=2), crossover.Crossover(8, 1, 1, 8, 2, (50,), (10,))
     changes = {"seq_len": 8, "n_layer": 1, "n_head": 1, "n_embd": 8, "llada": config, "ar": config}
     monkeypatch.setitem(h.PRESETS, "smoke", dataclasses.replace(h.PRESETS["smoke"], **changes))
-    for room in (ablations, schedule, vocabulary):
+    for room in (ablations, blocks, schedule, vocabulary):
         monkeypatch.setitem(room.SIZES, "smoke", (config, config))
     monkeypatch.setitem(experiments.SUITES["schedule_full"].sizes, "smoke", (config, config))
     monkeypatch.setitem(crossover.SIZES, "smoke", (sizes, sizes))
@@ -539,6 +539,7 @@ def test_train_from_the_command_line(tiny, capsys, model):
     [
         ("ablations", "^ours", ablations.OURS),
         ("ablate", "AdamW", "AdamW only"),
+        ("blocks", "= 4, half", "L' = 4, half the steps"),
         ("crossover", "^AR,.*50", "AR, 50 characters, 10 steps"),
         ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),

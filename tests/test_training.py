@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 import llada_helpers as h
-from beyond import losses, variants
+from beyond import blocks, losses, variants
 from beyond.dialogue import response_tokens
 from beyond.losses import masked_mean, polynomial
 from beyond.recipe import PostNormEncoder
@@ -608,11 +608,12 @@ DECIDES = {
         *(losses.masked_mean, losses.masked_mean_over_t, losses.uniform_times, losses.independent_times),
         *(losses.one_time_per_batch, losses.importance_times, losses.complementary_masks, losses.polynomial),
         *(variants.AdaptiveNorm, TimeConditioned, variants.PositionEmbedding, LearnedPositions, PostNormEncoder, response_tokens),
+        *(blocks.block_mask, blocks.BlockDiffusion, blocks.block_masks, blocks.block_batch, blocks.block_nelbo, blocks.BlockJob),
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
     ("llada_helpers", "1"): "f83e75f5ffc8f5f89c37a3c9c8e439e050482a2826a45ebf215d014e1267ee6d",
-    ("beyond", "1"): "76a70936f98fd8e399a8a65353cfc144fbffa933f3ae450f6956cca02209a143",
+    ("beyond", "1"): "6ae123e749f2f8241bf67b505b996a7b5ded1a299c5bb3399f1123b426d928ca",
 }
 
 
