@@ -2,7 +2,7 @@
 
 LLaDA is trained on a third of the characters that the preset shows it, AR on all, since what AR needs against learning the text
 by heart does not show before. All rows of a table read the same number of characters; those with models of another shape have
-about the same number of parameters.
+about the same number of parameters. One seed each: rows of the same batch see the same windows and the same uniform numbers.
 """
 
 from collections.abc import Callable
@@ -24,15 +24,15 @@ SIZES = {  # characters: of the notebook's short form and of the full one, for L
 def _jobs(
     shape: H.ModelConfig, characters: int, data: tuple[Tensor, Tensor], make_batch: Callable | None, **changes
 ) -> list[H.Job]:
-    """Trainings of one row, 16 windows a step unless `changes` of the configuration say otherwise; two seeds."""
+    """Trainings of one row, 16 windows a step unless `changes` of the configuration say otherwise."""
     windows = changes.pop("batch_size", 16)
     steps = max(1, round(characters / (windows * shape.seq_len)))
     config = H.TrainConfig(steps, windows, evals=min(4, steps), eval_windows=512, **changes)
-    return [H.Job(shape, replace(config, seed=seed), *data, make_batch) for seed in (0, 1)]
+    return [H.Job(shape, config, *data, make_batch)]
 
 
 def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
-    """LLaDA with 16 windows a step, then with one thing changed in each row; two seeds.
+    """LLaDA with 16 windows a step, then with one thing changed in each row.
 
     >>> import torch
     >>> ids = torch.arange(4, 30)
@@ -50,19 +50,15 @@ def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Te
     rows = {
         "16 windows a step": {},
         "32 windows": {"batch_size": 32},
-        "8 windows": {"batch_size": 8},
         "8 windows of twice the length": {"batch_size": 8, "shape": replace(shape, seq_len=2 * shape.seq_len)},
         "decay from the start": {"decay": 1.0},
-        "decay over the last fifth": {"decay": 0.2},
         "Muon's rate x 1.5": {"muon_lr": 0.03},
         "Muon's rate / 1.5": {"muon_lr": 0.0133},
+        "Muon's rate / 2.25": {"muon_lr": 0.0089},
         "AdamW's rate x 2": {"adamw_lr": 6e-3},
         "AdamW's rate / 2": {"adamw_lr": 1.5e-3},
-        "weight decay 0.1": {"weight_decay": 0.1},
-        "unweighted mean": {"make_batch": masked_mean},
         "unweighted first, Eq. 3 in the decay": {"make_batch": switched(masked_mean, ours, half)},
         "one layer less, wider": {"shape": reshaped(max(1, depth - 1))},
-        "two layers more, narrower": {"shape": reshaped(depth + 2)},
     }
     defaults = {"shape": shape, "make_batch": ours}
     return {
@@ -72,7 +68,7 @@ def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Te
 
 
 def ar_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
-    """AR with 16 windows a step, then with one thing changed in each row; two seeds, four thirds of so many characters.
+    """AR with 16 windows a step, then with one thing changed in each row, four thirds of so many characters.
 
     >>> import torch
     >>> ids = torch.arange(4, 30)
@@ -83,12 +79,8 @@ def ar_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tenso
     rows = {
         "16 windows a step": {},
         "32 windows": {"batch_size": 32},
-        "8 windows of twice the length": {"batch_size": 8, "shape": replace(shape, seq_len=2 * shape.seq_len)},
-        "dropout 0.1": {"shape": replace(shape, dropout=0.1)},
-        "weight decay 0.1": {"weight_decay": 0.1},
-        "decay from the start": {"decay": 1.0},
-        "Muon's rate x 1.5": {"muon_lr": 0.03},
         "Muon's rate / 1.5": {"muon_lr": 0.0133},
+        "dropout 0.1": {"shape": replace(shape, dropout=0.1)},
     }
     defaults = {"shape": shape, "make_batch": None, "characters": round(characters * 4 / 3), "data": (train_ids, val_ids)}
     return {row: _jobs(**defaults | row_changes) for row, row_changes in rows.items()}
