@@ -13,7 +13,7 @@ SIZES = {  # the notebook's short form and the full one
     "smoke": (H.TrainConfig(10, 16, evals=1, eval_windows=32), H.TrainConfig(20, 16, evals=1, eval_windows=32)),
     "cpu": _LITTLE,
     "cpu_long": _LITTLE,
-    "gpu": (H.TrainConfig(100, 64, evals=1), H.TrainConfig(1000, 64, evals=10)),
+    "gpu": (H.TrainConfig(60, 16, evals=1, eval_windows=32), H.TrainConfig(500, 64, evals=10)),
 }
 OURS = f"ours: Eq. 3, t = u^{H.POWER}"
 

@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
     gradient_windows: int  # windows per t, each with a gradient of its own
 
 
-SIZES = {"smoke": Sizes(16, 3, 4), "cpu": Sizes(256, 32, 64), "gpu": Sizes(512, 64, 128)}
+SIZES = {"smoke": Sizes(16, 3, 4), "cpu": Sizes(256, 32, 64), "gpu": Sizes(256, 32, 64)}
 SIZES["cpu_long"] = SIZES["cpu"]
 
 

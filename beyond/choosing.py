@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     samples: tuple[int, ...]
 
 
-SIZES = {"smoke": Sizes(12, (1, 2)), "cpu": Sizes(240, (1, 4, 16)), "gpu": Sizes(600, (1, 4, 16, 64))}
+SIZES = {"smoke": Sizes(12, (1, 2)), "cpu": Sizes(240, (1, 4, 16)), "gpu": Sizes(400, (1, 4, 16))}
 SIZES["cpu_long"] = SIZES["cpu"]
 
 

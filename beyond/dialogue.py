@@ -39,7 +39,7 @@ GENTLY = {"muon_lr": 0.005, "adamw_lr": 1e-3}
 SIZES = {
     "smoke": Sizes(H.TrainConfig(20, 16, **GENTLY, evals=2, eval_windows=16), 8, 2, 4, 8),
     "cpu": Sizes(H.TrainConfig(150, 32, **GENTLY, evals=3), 96, 20, 16, 48),
-    "gpu": Sizes(H.TrainConfig(400, 64, **GENTLY, evals=4), 256, 60, 64, 256),
+    "gpu": Sizes(H.TrainConfig(300, 64, **GENTLY, evals=4), 96, 30, 32, 64),
 }
 SIZES["cpu_long"] = SIZES["cpu"]
 

@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
 SIZES = {
     "smoke": Sizes(4, 3, (4, 16, 32), chain_windows=4, orders=4),
     "cpu": Sizes(12, 16, (4, 16, 32), chain_windows=12, orders=12),
-    "gpu": Sizes(32, 32, (4, 16, 128), chain_windows=32, orders=64),
+    "gpu": Sizes(16, 16, (4, 16, 64), chain_windows=16, orders=16),
 }
 SIZES["cpu_long"] = SIZES["cpu"]
 

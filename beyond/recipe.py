@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import llada_helpers as H
 from beyond.losses import masked_mean
 
-SIZES = {"smoke": (1, 2), "cpu": (5, 130), "cpu_long": (5, 130), "gpu": (100, 5000)}  # steps: the notebook's form, the full one
+SIZES = {"smoke": (1, 2), "cpu": (5, 130), "cpu_long": (5, 130), "gpu": (20, 5000)}  # steps: the notebook's form, the full one
 
 
 class PostNormEncoder(nn.Module, PyTorchModelHubMixin):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import llada_helpers as H
 
-SIZES = {"smoke": (2, 40, 2), "cpu": (30, 1000, 2), "gpu": (80, 4000, 5)}  # facts per group, steps, seeds
+SIZES = {"smoke": (2, 40, 2), "cpu": (30, 1000, 2), "gpu": (80, 2000, 3)}  # facts per group, steps, seeds
 SIZES["cpu_long"] = SIZES["cpu"]
 
 # fmt: off

@@ -24,7 +24,7 @@ SIZES = {  # the notebook's short form, and a third of the preset's own training
     "smoke": (H.TrainConfig(5, 16, evals=1, eval_windows=32), H.TrainConfig(10, 16, evals=1, eval_windows=32)),
     "cpu": _LITTLE,
     "cpu_long": _LITTLE,
-    "gpu": (H.TrainConfig(40, 64, evals=1), H.TrainConfig(2000, 64, evals=4, eval_windows=512, adamw_lr=2e-3)),
+    "gpu": (H.TrainConfig(40, 16, evals=1), H.TrainConfig(2000, 64, evals=4, eval_windows=512, adamw_lr=2e-3)),
 }
 
 

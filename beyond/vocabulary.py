@@ -15,7 +15,7 @@ SIZES = {  # the notebook's short form and the full one
     "smoke": (H.TrainConfig(10, 16, evals=1), H.TrainConfig(20, 16, evals=1)),
     "cpu": _LITTLE,
     "cpu_long": _LITTLE,
-    "gpu": (H.TrainConfig(100, 64, evals=1), H.TrainConfig(2000, 64, evals=10)),
+    "gpu": (H.TrainConfig(40, 16, evals=1), H.TrainConfig(2000, 64, evals=10)),
 }
 
 

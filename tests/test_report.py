@@ -17,7 +17,7 @@ from beyond import report
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["analysis.md", "README.md"]
-PUBLISHED = {"1.4697"}  # numbers of other people's, cited in the text
+PUBLISHED = {"1.4697", "2.3", "8.1"}  # numbers of other people's, cited in the text: a loss, LLaDA's tokens, a T4's TFLOP/s
 VERSIONS = re.compile(r"Python \d+\.\d+|\d+\.\d+\.\d+|arXiv:\d+\.\d+|[\w-]+[=<>]=?\d[\d.]*")
 PICTURE = re.compile(r"!\[.*?\]\((.*?)\)")
 
@@ -35,7 +35,8 @@ def test_numbers_are_those_of_the_tables(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_measured_number_stands_outside_the_markers(name):
-    text = re.sub(r"<!-- .*? -->.*?<!-- end -->", "", (ROOT / name).read_text(), flags=re.S)
+    marked = r"<!-- (?:table \S|[\w-]+ ; ).*? -->.*?<!-- end -->"  # other comments have no end
+    text = re.sub(marked, "", (ROOT / name).read_text(), flags=re.S)
     text = VERSIONS.sub("", re.sub(r"```.*?```", "", text, flags=re.S))
     assert set(re.findall(r"\d+\.\d+", text)) <= PUBLISHED
 
