@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 import llada_helpers as h
-from beyond.budgeting import MACHINES, budget_table
 from beyond.decoding import cached, entropy_bound, threshold
+from beyond.pricing import MACHINES, price_table
 
 PROMPT = 32
 LONG = 3.0  # seconds: warm-up is then lost in the measurement
@@ -283,7 +283,7 @@ def scaling_rows(preset: h.Preset) -> list[dict]:
 def print_budget(preset: h.Preset, text: str) -> None:
     """The count of both notebooks, and what it assumes of the machines."""
     notebooks = [Path(__file__).with_name(f"{name}.ipynb") for name in ("EG_TakeHome_LLaDA", "Beyond_the_Assignment")]
-    table = h.Results(preset, text).table(budget_table(notebooks, preset, text), f"budget_{preset.name}")
+    table = h.Results(preset, text).table(price_table(notebooks, preset, text), f"budget_{preset.name}")
     print(table.to_string(index=False))
     for m in MACHINES:
         print(f"assumed: {m.name} {m.evaluation:.3g} FLOP/s, training {m.training:.3g} FLOP/s, {m.launch * 1e6:g} us a kernel")

@@ -1387,10 +1387,8 @@ PRESETS = {
         ar=TrainConfig(2500, 64, adamw_lr=2e-3, evals=25),
         nelbo_samples=16, texts=128, blanks=1000, candidates=8, repeats=32, step_counts=(8, 16, 32, 64, 128, 256)),
 }  # fmt: skip
-LONG = {
-    "llada": TrainConfig(6000, 16, muon_lr=0.015, evals=15), "ar": TrainConfig(1500, 16, muon_lr=0.015, evals=15),
-    "step_counts": (8, 32, 128, 256)}  # fmt: skip
-PRESETS["cpu_long"] = replace(PRESETS["cpu"], name="cpu_long", seq_len=256, n_layer=6, n_head=5, n_embd=160, **LONG)
+LONG = replace(PRESETS["cpu"], name="cpu_long", seq_len=256, n_layer=6, n_head=5, n_embd=160)
+PRESETS["cpu_long"] = replace(LONG, llada=TrainConfig(6000, 16, 0.015, evals=15), ar=TrainConfig(1500, 16, 0.015, evals=15))
 
 
 def choose_preset() -> Preset:

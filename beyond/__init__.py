@@ -18,6 +18,8 @@ How to train, by suites of experiments:
     recipe        the MDLM tutorial's recipe beside ours
     crossover     little text, many epochs
     vocabulary    characters against byte pairs
+    tuning        the recipe with one of its choices changed
+    budget        what more training buys
     blocks        block diffusion: from AR to LLaDA in one number, with an exact cache
 
 What a trained model knows:
@@ -29,6 +31,6 @@ What a trained model knows:
     reversal      invented facts, told in one direction and asked in the other
     toy           the tutorials' five sentences, words as tokens
 
-    budgeting     what the notebooks would cost on a GPU, counted without one
+    pricing       what the notebooks would cost on a GPU, counted without one
     report        the tables' numbers put into Markdown, and the Markdown set as a PDF
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond import quality
+from beyond.vocabulary import multiplications
 
 
 class Budget(NamedTuple):
@@ -36,26 +37,15 @@ _GPU = {"LLaDA": _shares("gpu", 9, 3), "AR": _shares("gpu", 27, 9, 3)}
 SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _LONG), "cpu_long": (_SMOKE, _LONG), "gpu": (_SMOKE, _GPU)}
 
 
-def flop_per_character(config: H.ModelConfig) -> int:
-    """Operations of a forward pass for one character of a full window; the causal mask halves nothing here.
-
-    >>> flop_per_character(H.ModelConfig(vocab_size=10, seq_len=4, n_layer=1, n_head=1, n_embd=2))
-    168
-    """
-    width = config.n_embd
-    matrices = 12 * config.n_layer * width**2 + config.vocab_size * width
-    return 2 * matrices + 4 * config.n_layer * width * config.seq_len
-
-
 def training_flop(job: H.Job) -> int:
-    """Operations of a whole training.
+    """Operations of a whole training; the causal mask halves nothing here.
 
     >>> ids = torch.arange(4, 10)
     >>> job = H.Job(H.ModelConfig(10, 4, n_layer=1, n_head=1, n_embd=2), H.TrainConfig(steps=5, batch_size=2), ids, ids)
     >>> training_flop(job)  # 40 characters
     20160
     """
-    return 3 * flop_per_character(job.model) * job.train.steps * job.train.batch_size * job.model.seq_len
+    return 3 * 2 * multiplications(job.model) * job.train.steps * job.train.batch_size * job.model.seq_len
 
 
 def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import llada_helpers as h
 from beyond import budget, losses, quality, tuning
 from beyond.experiments import main, run_jobs, suite
+from beyond.vocabulary import multiplications
 
 TEXT = "to be, or not to be: that is the question. " * 40
 TOKENIZER = h.CharTokenizer.from_text(TEXT)
@@ -33,7 +34,7 @@ def test_operations_are_those_that_torch_counts(shape):
     model, ids = h.Transformer(config), torch.full((3, config.seq_len), 5)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others go uncounted on a CPU
         model(ids)
-    assert counter.get_total_flops() == budget.flop_per_character(config) * ids.numel()
+    assert counter.get_total_flops() == 2 * multiplications(config) * ids.numel()
 
 
 def test_a_training_costs_three_forward_passes():

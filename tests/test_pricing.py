@@ -1,4 +1,4 @@
-"""beyond/budgeting.py: what stands in for the model is asked what the model would be asked, and the sum for `gpu` is held."""
+"""beyond/pricing.py: what stands in for the model is asked what the model would be asked, and the sum for `gpu` is held."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from notebooks import BEYOND, CORPUS, MAIN, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llada_helpers as H
-from beyond import budgeting, decoding
+from beyond import decoding, pricing
 
 SHAPE = H.ModelConfig(vocab_size=9, seq_len=24, n_layer=2, n_head=1, n_embd=8)
 ASKED = []  # (rows, length, keys) of every forward pass of `Recorded`
@@ -33,10 +33,10 @@ class Recorded(H.Transformer):
 @pytest.fixture
 def meter():
     ASKED.clear()
-    return budgeting.Meter()
+    return pricing.Meter()
 
 
-def assert_as_asked(spent: budgeting.Spent) -> None:
+def assert_as_asked(spent: pricing.Spent) -> None:
     """Passes, characters and operations, from what the real model was asked and a formula written anew."""
     assert ASKED and spent.passes == len(ASKED)
     assert spent.characters == sum(rows * length for rows, length, _ in ASKED)
@@ -48,13 +48,13 @@ def test_operations_are_those_of_the_matrices():
     """Two for each parameter but the embedding's, and QK^T and AV, whose products have keys x n_embd multiplications a token."""
     model = H.Transformer(SHAPE)
     parameters = model.n_parameters - model.embed.weight.numel()
-    assert budgeting.forward_flop(SHAPE, 5, 20) == 2 * 5 * (parameters + 2 * (20 * 8 + 20 * 8))
+    assert pricing.forward_flop(SHAPE, 5, 20) == 2 * 5 * (parameters + 2 * (20 * 8 + 20 * 8))
 
 
 @given(rows=st.integers(1, 30), samples=st.integers(1, 60), length=st.sampled_from([8, 24]))
 def test_likelihoods_are_asked_for_as_in_the_helper(rows, samples, length):
     """At most 2^14 tokens a pass."""
-    meter, real = budgeting.Meter(), Recorded(SHAPE)
+    meter, real = pricing.Meter(), Recorded(SHAPE)
     sequences = torch.full((rows, length), 5)
     ASKED.clear()
     H.nelbo(real, sequences, H.MASK_ID, n_samples=samples)
@@ -81,7 +81,7 @@ def test_ar_with_its_cache_is_asked_for_a_token_a_pass(meter):
 
 @given(st.data())
 def test_decoding_is_asked_for_as_with_the_real_sampler(data):
-    meter, real, rows = budgeting.Meter(), Recorded(SHAPE), data.draw(st.integers(1, 5))
+    meter, real, rows = pricing.Meter(), Recorded(SHAPE), data.draw(st.integers(1, 5))
     blocks = data.draw(st.sampled_from([1, 2, 4]))
     options = {"mask_id": H.MASK_ID, "steps": blocks * data.draw(st.integers(1, 20)), "block_length": 16 // blocks}
     options["remasking"] = data.draw(st.sampled_from(["low_confidence", "random", "entropy", "margin", decoding.threshold(0.9)]))
@@ -119,7 +119,7 @@ def test_composed_predictors_are_charged_for_what_they_ask(meter, monkeypatch):
 
     everything(Recorded(SHAPE))
     assert {rows for rows, *_ in ASKED} == {6, 12} and {length for _, length, _ in ASKED} == {4, 24}
-    with budgeting._metered(meter, H.PRESETS["smoke"], "a text"):
+    with pricing._metered(meter, H.PRESETS["smoke"], "a text"):
         everything(meter.predictor(SHAPE))
     assert_as_asked(meter.spent[""])
 
@@ -144,8 +144,8 @@ def test_training_is_three_forward_passes_a_step_and_its_validations(causal, tmp
     run = meter.train("counted", job)
     spent = meter.spent[""]
     assert spent.passes == len(ASKED) and spent.characters == sum(rows * length for rows, length, _ in ASKED)
-    assert spent.training == 3 * 5 * 4 * budgeting.forward_flop(SHAPE, 24, 24)
-    assert spent.evaluation == sum(rows for rows, *_ in validations) * budgeting.forward_flop(SHAPE, 24, 24)
+    assert spent.training == 3 * 5 * 4 * pricing.forward_flop(SHAPE, 24, 24)
+    assert spent.evaluation == sum(rows for rows, *_ in validations) * pricing.forward_flop(SHAPE, 24, 24)
     assert len(run.metrics) == 3 and run.metrics["step"].tolist() == [2, 3, 5] and run.summary["complete"]
     before = spent.characters
     meter.train("the same under another name", job)
@@ -165,12 +165,12 @@ def test_a_pass_with_gradients_costs_three(meter):
 
 def test_small_passes_are_bound_by_launching_and_large_ones_by_computing(meter):
     wide = H.ModelConfig(vocab_size=69, seq_len=256, n_layer=6, n_head=6, n_embd=384)
-    launches = budgeting.LAYER_KERNELS * 6 + budgeting.OTHER_KERNELS
-    for rows, times in ((1, [launches * m.launch for m in budgeting.MACHINES]), (256, None)):
+    launches = pricing.LAYER_KERNELS * 6 + pricing.OTHER_KERNELS
+    for rows, times in ((1, [launches * m.launch for m in pricing.MACHINES]), (256, None)):
         meter.section = str(rows)
         meter.charge(wide, rows, 256, 256, gradients=False)
-        flop = rows * budgeting.forward_flop(wide, 256, 256)
-        assert meter.spent[str(rows)].seconds == pytest.approx(times or [flop / m.evaluation for m in budgeting.MACHINES])
+        flop = rows * pricing.forward_flop(wide, 256, 256)
+        assert meter.spent[str(rows)].seconds == pytest.approx(times or [flop / m.evaluation for m in pricing.MACHINES])
     assert meter.clock() == pytest.approx(sum(meter.spent[section].seconds[0] for section in ("1", "256")))
 
 
@@ -196,8 +196,8 @@ def test_kernels_of_a_pass_are_about_those_that_pytorch_launches():
         return operators.count / made.nfe
 
     two, six = of_a_pass(2), of_a_pass(6)
-    assert (six - two) / 4 == pytest.approx(budgeting.LAYER_KERNELS, rel=0.1)
-    assert six == pytest.approx(6 * budgeting.LAYER_KERNELS + budgeting.OTHER_KERNELS, rel=0.1)
+    assert (six - two) / 4 == pytest.approx(pricing.LAYER_KERNELS, rel=0.1)
+    assert six == pytest.approx(6 * pricing.LAYER_KERNELS + pricing.OTHER_KERNELS, rel=0.1)
 
 
 # --- whole notebooks ---
@@ -206,13 +206,13 @@ TEXT = "".join(f"{name}:\nthe {thing} of my {other} is here\n\n" for name in ("A
                for thing in ("king", "crown", "night") for other in ("heart", "sword", "house", "queen")) * 3  # fmt: skip
 
 
-def characters(meter: budgeting.Meter) -> dict[str, int]:
+def characters(meter: pricing.Meter) -> dict[str, int]:
     return {section: spent.characters for section, spent in meter.spent.items()}
 
 
 def test_a_section_costs_what_its_sizes_say_and_no_other_one_moves():
     smoke = replace(H.PRESETS["smoke"], nelbo_samples=2)
-    base, more = (characters(budgeting.budget(ROOT / MAIN, p, TEXT)) for p in (smoke, replace(smoke, texts=2 * smoke.texts)))
+    base, more = (characters(pricing.count(ROOT / MAIN, p, TEXT)) for p in (smoke, replace(smoke, texts=2 * smoke.texts)))
     changed = {section for section in base if base[section] != more[section]}
     assert changed == {"Coherence and diversity, in numbers"}
     assert more[changed.pop()] == 2 * base["Coherence and diversity, in numbers"]
@@ -226,7 +226,7 @@ def test_counting_leaves_everything_as_it_was(tmp_path, monkeypatch, meter):
     monkeypatch.chdir(tmp_path)
     kept = (H.Transformer, H._nll, H.train, H.load_text, decoding.cached, time.perf_counter, torch.cuda.is_available)
     drawn = torch.random.get_rng_state()
-    with pytest.raises(ZeroDivisionError), budgeting._metered(meter, H.PRESETS["smoke"], "a text"):
+    with pytest.raises(ZeroDivisionError), pricing._metered(meter, H.PRESETS["smoke"], "a text"):
         assert H.load_text() == "a text" and os.getcwd() != str(tmp_path)
         Path("left").write_text("behind")
         torch.rand(3), 1 / 0
@@ -238,7 +238,7 @@ def test_counting_leaves_everything_as_it_was(tmp_path, monkeypatch, meter):
 @pytest.mark.skipif(not CORPUS, reason="needs TinyShakespeare, in shared/ or $LLADA_DATA")
 def test_gpu_keeps_its_promise_and_the_committed_table_says_what_is_counted():
     """Each notebook from nothing, its trainings included: 25 minutes on a T4, 8 on an H100. `python bench.py --budget gpu`."""
-    table = budgeting.budget_table([ROOT / MAIN, ROOT / BEYOND], H.PRESETS["gpu"], H.load_text(CORPUS))
+    table = pricing.price_table([ROOT / MAIN, ROOT / BEYOND], H.PRESETS["gpu"], H.load_text(CORPUS))
     assert table["row"].is_unique
     for name in (MAIN, BEYOND):
         (total,) = table[table["row"] == f"all of {name}"].to_dict("records")

@@ -247,7 +247,7 @@ def _metered(meter: Meter, preset: H.Preset, text: str) -> Iterator[None]:
             os.chdir(here)
 
 
-def budget(notebook: Path, preset: H.Preset, text: str) -> Meter:
+def count(notebook: Path, preset: H.Preset, text: str) -> Meter:
     """Execute a notebook at the preset's sizes, from nothing: no training to load, no table of a suite.
 
     ValueError: a predictor made for a whole batch is given the one row that stands for it; `_metered` must cut that, too.
@@ -257,7 +257,7 @@ def budget(notebook: Path, preset: H.Preset, text: str) -> Meter:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "a.ipynb")
     ...     _ = path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": cell}]}))
-    ...     budget(path, H.PRESETS["smoke"], "a text").spent[""].characters  # ten windows of 64, twice
+    ...     count(path, H.PRESETS["smoke"], "a text").spent[""].characters  # ten windows of 64, twice
     1280
     """
     meter, cells, scope = Meter(), sections(notebook), {"__name__": "__main__"}
@@ -268,10 +268,10 @@ def budget(notebook: Path, preset: H.Preset, text: str) -> Meter:
     return meter
 
 
-def budget_table(notebooks: list[Path], preset: H.Preset, text: str) -> pd.DataFrame:
+def price_table(notebooks: list[Path], preset: H.Preset, text: str) -> pd.DataFrame:
     """The sections of each notebook and their sum: characters, passes, PFLOP, and minutes on each of `MACHINES`.
 
-    >>> budget_table([], H.PRESETS["smoke"], "a text").empty
+    >>> price_table([], H.PRESETS["smoke"], "a text").empty
     True
     """
-    return pd.concat([pd.DataFrame(), *(budget(path, preset, text).table(path.name) for path in notebooks)])
+    return pd.concat([pd.DataFrame(), *(count(path, preset, text).table(path.name) for path in notebooks)])
