@@ -15,9 +15,9 @@ from beyond.losses import masked_mean, polynomial, switched
 
 SIZES = {  # characters: of the notebook's short form and of the full one, for LLaDA
     "smoke": (5_120, 10_240),
-    "cpu": (81_920, 3_141_632),
-    "cpu_long": (81_920, 3_141_632),
-    "gpu": (655_360, 32_768_000),
+    "cpu": (40_960, 3_141_632),
+    "cpu_long": (40_960, 3_141_632),
+    "gpu": (65_536, 32_768_000),
 }
 
 

@@ -606,14 +606,14 @@ DECIDES = {
     ),
     "beyond": (
         *(losses.masked_mean, losses.masked_mean_over_t, losses.uniform_times, losses.independent_times),
-        *(losses.one_time_per_batch, losses.importance_times, losses.complementary_masks, losses.polynomial),
+        *(losses.one_time_per_batch, losses.importance_times, losses.complementary_masks, losses.polynomial, losses.switched),
         *(variants.AdaptiveNorm, TimeConditioned, variants.PositionEmbedding, LearnedPositions, PostNormEncoder, response_tokens),
         *(blocks.block_mask, blocks.BlockDiffusion, blocks.block_masks, blocks.block_batch, blocks.block_nelbo, blocks.BlockJob),
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
     ("llada_helpers", "1"): "f83e75f5ffc8f5f89c37a3c9c8e439e050482a2826a45ebf215d014e1267ee6d",
-    ("beyond", "1"): "6ae123e749f2f8241bf67b505b996a7b5ded1a299c5bb3399f1123b426d928ca",
+    ("beyond", "1"): "d0c5a31611880127e057efa8c39e5537495c4d2cd37544045247b4590a97621f",
 }
 
 
