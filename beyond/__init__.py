@@ -3,9 +3,11 @@
 How to generate, how to score:
 
     decoding      guidance and a block cache (predictors around predictors), adaptive and late commits (strategies), revision
+    spacing       strategies that spread what one pass commits
     likelihood    the bound with less noise, any-order chains, log-likelihoods of answers, choosing among them
     estimators    four other ways to draw the masks of the bound, to compare their noise
     quality       one measure for all decoders: how good and how varied their texts are, and what they cost
+    sweep         decoders over temperatures, compared at equal diversity
     film          a generation as an animated picture
 
 How to train, by suites of experiments:

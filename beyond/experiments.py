@@ -2,9 +2,11 @@
 
     python -m beyond.experiments train --preset cpu --model llada
     python -m beyond.experiments ablations --preset cpu
+    python -m beyond.experiments decoders --preset cpu
 
 A suite is a dictionary from the rows of a table to their trainings, one for each seed. It has a full form, which the command
 line trains, and a short one, which a notebook trains where the full one's table is missing or was made by other trainings.
+The sweep of decoders trains nothing beyond the preset's two models, and has the same two forms.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, blocks, budget, crossover, recipe, schedule, tuning, vocabulary
+from beyond import ablations, blocks, budget, crossover, quality, recipe, schedule, sweep, tuning, vocabulary
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
@@ -280,6 +282,63 @@ def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict]:
     return full, short, {"lengths": lengths, "measure": known.measure and known.measure(preset, text)}
 
 
+def save_sweep(results: H.Results, jobs: dict[str, H.Job], sizes: sweep.Sweep, made: pd.DataFrame) -> pd.DataFrame:
+    """Write what `sweep.sweep` made: tables/decoders_sweep.csv, a row for each setting, and decoders_sweep_groups.csv.
+
+    Returns the latter, as `swept` reads it; an example stands there.
+    """
+    fingerprint = sweep.mark(jobs, sizes)
+    results.table(sweep.averaged(made).assign(fingerprint=fingerprint), "decoders_sweep")
+    return results.table(made.assign(fingerprint=fingerprint), "decoders_sweep_groups")
+
+
+def swept(
+    results: H.Results,
+    jobs: dict[str, H.Job],
+    sizes: tuple[sweep.Sweep, sweep.Sweep],
+    make: Callable[[sweep.Sweep], pd.DataFrame],
+) -> pd.DataFrame:
+    """decoders_sweep_groups.csv if the full sweep of these trainings made it, else the short one, made here.
+
+    Args:
+        jobs: the trainings of "LLaDA" and "AR".
+        sizes: the short form and the full one, `sweep.SIZES[preset.name]`.
+        make: from sizes to `sweep.sweep`'s table.
+
+    >>> import os, tempfile
+    >>> ids, here, results = torch.arange(4, 10).repeat(20), os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
+    >>> job = H.Job(H.ModelConfig(10, 24, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(1, 2, evals=1), ids, ids)
+    >>> line = {"decoder": "AR", "passes": 8, "top-p": 1.0, "temperature": 0.8, "nfe": 8, "group": 0}
+    >>> made, jobs = pd.DataFrame([line | dict.fromkeys(sweep.METRICS, 0.5)]), {"LLaDA": job, "AR": job}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)
+    ...     _ = save_sweep(results, jobs, sweep.SIZES["smoke"][1], made)  # what the command line leaves behind
+    ...     found = swept(results, jobs, sweep.SIZES["smoke"], make=None)
+    ...     os.chdir(here)
+    decoders: the full sweep, read from build/smoke/figures/tables/decoders_sweep_groups.csv
+    >>> found["char entropy"].tolist()
+    [0.5]
+    """
+    short, full = sizes
+    for tables in (results.tables, COMMITTED):
+        known = _read_table(tables / "decoders_sweep_groups.csv")
+        if set(known.get("fingerprint", ())) == {sweep.mark(jobs, full)}:
+            print(f"decoders: the full sweep, read from {tables / 'decoders_sweep_groups'}.csv")
+            return known
+    return save_sweep(results, jobs, short, make(short))
+
+
+def _sweep_decoders(preset: H.Preset, text: str) -> pd.DataFrame:
+    tokenizer = H.CharTokenizer.from_text(text)
+    train_ids, val_ids = H.split(tokenizer.encode(text))
+    jobs, sizes = preset.jobs(tokenizer.vocab_size, train_ids, val_ids), sweep.SIZES[preset.name][1]
+    runs = {name: _train(f"{preset.name}-{name.lower()}", job, compiled=preset.compiled) for name, job in jobs.items()}
+    models = {name: run.model for name, run in runs.items()}
+    measure = quality.Measure(models, tokenizer, text[: len(train_ids)])
+    made = sweep.sweep(models, measure, H.windows(val_ids, preset.seq_len), sizes)
+    return sweep.averaged(save_sweep(H.Results(preset, text), jobs, sizes, made))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m beyond.experiments",
@@ -291,13 +350,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     abouts = {"train": "train one model of a preset; runs/ and checkpoints/ get the result"}
     abouts |= {name: f"{known.about}; tables/{name}.csv" for name, known in SUITES.items()}
+    abouts["decoders"] = "decoders over temperatures, with the preset's two models; tables/decoders_sweep.csv"
     for command, about in abouts.items():
         aliases = ["ablate"] if command == "ablations" else []
         options = commands.add_parser(command, help=about, description=about, aliases=aliases)
         options.add_argument("--preset", choices=H.PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
         if command == "train":
             options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
-        else:
+        elif command in SUITES:
             options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
         options.set_defaults(command=command)  # an alias says the name
     return parser
@@ -321,6 +381,9 @@ def main(arguments: list[str] | None = None) -> None:
         job = jobs[{"llada": "LLaDA", "ar": "AR"}[arguments.model]]
         run = H.train(f"{preset.name}-{arguments.model}", job, compiled=preset.compiled)
         print(json.dumps({"run": str(run.path), **{key: run.summary[key] for key in ("best", "steps", "tokens", "seconds")}}))
+        return
+    if arguments.command == "decoders":
+        print(_sweep_decoders(preset, text)[["row", *sweep.METRICS]].round(3).to_string(index=False))
         return
     jobs, _, options = suite(arguments.command, preset, text)
     results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}

@@ -49,18 +49,25 @@ class Measure:
         self.copies = H.copy_index(train_text)
         self.words = {word.lower() for word in H.WORD.findall(train_text)}
 
+    def by_group(self, sequences: Tensor) -> list[dict[str, float]]:
+        """The scores that need no model, of each of H.GROUPS groups of sequences LongTensor[B, L]."""
+        scores = []
+        for group in sequences.chunk(H.GROUPS):
+            whole = [self.tokenizer.decode(ids) for ids in group]
+            scores.append({"judge nats/char": np.mean([self.judge(text, PREFIX) for text in whole])})
+            scores[-1] |= H.text_metrics([text[PREFIX:] for text in whole], self.copies, self.words)
+        return scores
+
     def __call__(self, sequences: Tensor) -> dict[str, float]:
         """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
         free = (torch.arange(sequences.shape[1], device=sequences.device) >= PREFIX).expand_as(sequences)
         options = {"n_samples": 4, "maskable": free, "generator": torch.Generator().manual_seed(0)}
         nats = {"AR": H.ar_nll(self.models["AR"], sequences, H.START_ID, counted=free)}
         nats["LLaDA"] = low_noise_nelbo(self.models["LLaDA"], sequences, H.MASK_ID, **options)
-        scores, length = [], sequences.shape[1] - PREFIX
-        for group in torch.arange(len(sequences)).chunk(H.GROUPS):
-            whole = [self.tokenizer.decode(ids) for ids in sequences[group]]
-            scores.append({"judge nats/char": np.mean([self.judge(text, PREFIX) for text in whole])})
-            scores[-1] |= H.text_metrics([text[PREFIX:] for text in whole], self.copies, self.words)
-            scores[-1] |= {f"nats/char under {name}": x[group].mean().item() / length for name, x in nats.items()}
+        scores, length = self.by_group(sequences), sequences.shape[1] - PREFIX
+        for name, x in nats.items():
+            for group, part in zip(scores, x.chunk(H.GROUPS)):
+                group[f"nats/char under {name}"] = part.mean().item() / length
         return H.grouped(scores)
 
     def trial(self, write: Callable[[], H.Generation]) -> dict[str, float]:
