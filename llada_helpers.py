@@ -1380,8 +1380,8 @@ PRESETS = {
         "smoke", 64, 2, 2, 32, 0.0, *[TrainConfig(200, 16, evals=5, eval_windows=32)] * 2, nelbo_samples=1, texts=16, blanks=16,
         candidates=2, repeats=4, step_counts=(4, 16, 64)),
     "cpu": Preset(
-        "cpu", 128, 5, 4, 128, 0.0, llada=TrainConfig(2300, 32, evals=25), ar=TrainConfig(800, 32, evals=20), compiled=True,
-        nelbo_samples=8, texts=64, blanks=300, candidates=4, repeats=32, step_counts=(8, 16, 32, 64, 128)),
+        "cpu", 128, 5, 4, 128, 0.0, llada=TrainConfig(3150, 32, 0.015, evals=21), ar=TrainConfig(1060, 32, 0.015, evals=20),
+        compiled=True, nelbo_samples=8, texts=64, blanks=300, candidates=4, repeats=32, step_counts=(8, 16, 32, 64, 128)),
     "gpu": Preset(
         "gpu", 256, 6, 6, 384, 0.1, llada=TrainConfig(6000, 64, adamw_lr=2e-3, evals=30),
         ar=TrainConfig(2500, 64, adamw_lr=2e-3, evals=25),

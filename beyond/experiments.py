@@ -88,7 +88,7 @@ def _row(
     text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
     line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
     line["characters"] = int(characters(text, job.learned(text), lengths).sum())
-    line |= {"epochs": summary["tokens"] / text.numel(), "seconds": np.mean([run.summary["seconds"] for run in runs])}
+    line["epochs"] = summary["tokens"] / text.numel()  # and no seconds: suites share their machine with other work
     line |= {"fingerprint": suite_mark(trials), "device": summary["device"], "commit": summary["commit"]}
     result.curves.extend(run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials))
     return result
@@ -146,7 +146,7 @@ def run_jobs(
     if only:
         return table.round(4)
     curves = pd.concat([curve for row in rows for curve in row.curves])
-    results.table(curves[["row", "seed", "step", "tokens", "seconds", "train_loss", "val_loss"]], f"{name}_curves")
+    results.table(curves[["row", "seed", "step", "tokens", "train_loss", "val_loss"]], f"{name}_curves")
     return results.table(table, name)
 
 

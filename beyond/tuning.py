@@ -54,6 +54,7 @@ def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Te
         "decay from the start": {"decay": 1.0},
         "Muon's rate x 1.5": {"muon_lr": 0.03},
         "Muon's rate / 1.5": {"muon_lr": 0.0133},
+        "32 windows, Muon's rate / 1.5": {"batch_size": 32, "muon_lr": 0.0133},
         "Muon's rate / 2.25": {"muon_lr": 0.0089},
         "AdamW's rate x 2": {"adamw_lr": 6e-3},
         "AdamW's rate / 2": {"adamw_lr": 1.5e-3},
@@ -79,7 +80,6 @@ def ar_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tenso
     rows = {
         "16 windows a step": {},
         "32 windows": {"batch_size": 32},
-        "Muon's rate / 1.5": {"muon_lr": 0.0133},
         "dropout 0.1": {"shape": replace(shape, dropout=0.1)},
     }
     defaults = {"shape": shape, "make_batch": None, "characters": round(characters * 4 / 3), "data": (train_ids, val_ids)}
