@@ -27,14 +27,14 @@ class Budget(NamedTuple):
 
 
 def _shares(preset: str, *shares: int) -> list[Budget]:
-    return [*(Budget(preset, 1 / n, 2) for n in shares), Budget(preset, 1, 2)]
+    return [*(Budget(preset, 1 / n, 2) for n in shares), Budget(preset, 1, 1)]
 
 
 _SMOKE = {"LLaDA": _shares("smoke", 2), "AR": _shares("smoke", 2)}
 _CPU = {"LLaDA": _shares("cpu", 9, 3), "AR": _shares("cpu", 27, 9, 3)}
 _LONG = {name: [*rows, Budget("cpu_long", 1, 1)] for name, rows in _CPU.items()}
 _GPU = {"LLaDA": _shares("gpu", 9, 3), "AR": _shares("gpu", 27, 9, 3)}
-SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _LONG), "cpu_long": (_SMOKE, _LONG), "gpu": (_SMOKE, _GPU)}
+SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _CPU), "cpu_long": (_SMOKE, _LONG), "gpu": (_SMOKE, _GPU)}
 
 
 def training_flop(job: H.Job) -> int:
@@ -53,7 +53,7 @@ def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Te
 
     >>> ids = torch.arange(4, 30)
     >>> {row: [job.train.steps for job in trials] for row, trials in budget_jobs(SIZES["smoke"][1], 30, ids, ids).items()}
-    {'LLaDA, smoke / 2': [100, 100], 'LLaDA, smoke': [200, 200], 'AR, smoke / 2': [100, 100], 'AR, smoke': [200, 200]}
+    {'LLaDA, smoke / 2': [100, 100], 'LLaDA, smoke': [200], 'AR, smoke / 2': [100, 100], 'AR, smoke': [200]}
     """
     jobs = {}
     for name, rows in budgets.items():
