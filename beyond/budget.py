@@ -86,8 +86,8 @@ def validation_nats(model: H.Transformer, val_ids: Tensor, samples: int) -> tupl
     """Nats and characters of each validation window of the model's length, [N] each: as Part 8 measures them.
 
     >>> model = H.Transformer(H.ModelConfig(vocab_size=9, seq_len=4, n_layer=1, n_head=1, n_embd=8, causal=True))
-    >>> [x.tolist() for x in validation_nats(model, torch.arange(4, 9), 1)]  # blank: ln 9 for each of 4 characters, and of 1
-    [[8.78..., 2.19...], [4, 1]]
+    >>> [[round(n, 2) for n in x.tolist()] for x in validation_nats(model, torch.arange(4, 9), 1)]  # blank: ln 9 a character
+    [[8.79, 2.2], [4, 1]]
     """
     windows = H.windows(val_ids, model.config.seq_len)
     real = windows != H.PAD_ID
