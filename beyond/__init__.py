@@ -19,6 +19,7 @@ How to train, by suites of experiments:
     crossover     little text, many epochs
     vocabulary    characters against byte pairs
     blocks        block diffusion: from AR to LLaDA in one number, with an exact cache
+    knob          what that number buys and costs: likelihood, texts, speed, blanks filled
 
 What a trained model knows:
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, blocks, budget, crossover, recipe, schedule, tuning, vocabulary
+from beyond import ablations, blocks, budget, crossover, knob, recipe, schedule, tuning, vocabulary
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
@@ -220,6 +220,7 @@ SUITES = {
         "block diffusion between AR and LLaDA, at equal steps and at equal compute",
         blocks.SIZES,
         lambda preset, size, text, data: (blocks.block_jobs(preset, size, *data), None),
+        knob.knob_measure,
     ),
     "crossover": Suite(
         "LLaDA against AR on little text, for many epochs",

@@ -29,11 +29,37 @@ def prompts(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return truth, template
 
 
-class Measure:
-    """Scores of continuations, with 95% intervals over H.GROUPS groups of texts.
+class TextMeasure:
+    """Scores of continuations by the training text alone, with 95% intervals over H.GROUPS groups of texts.
 
-    "judge nats/char" is under an n-gram model of the training text, "nats/char under AR" and "under LLaDA" (a bound) under the
-    contestants; the others are those of `llada_helpers.text_metrics`.
+    "judge nats/char" is under an n-gram model of that text; the others are those of `llada_helpers.text_metrics`.
+
+    >>> text = "to be or not to be " * 20
+    >>> tokenizer = H.CharTokenizer.from_text(text)
+    >>> scores = TextMeasure(tokenizer, text)(H.windows(tokenizer.encode(text), 38)[:8])
+    >>> [round(float(scores[x]), 3) for x in ("known words", "longest copy", "longest copy ±")]
+    [1.0, 22.0, 0.0]
+    """
+
+    def __init__(self, tokenizer: H.CharTokenizer, train_text: str):
+        self.tokenizer, self.judge = tokenizer, H.ngram_judge(train_text)
+        self.copies = H.copy_index(train_text)
+        self.words = {word.lower() for word in H.WORD.findall(train_text)}
+
+    def __call__(self, sequences: Tensor) -> dict[str, float]:
+        """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
+        scores = []
+        for group in sequences.chunk(H.GROUPS):
+            whole = [self.tokenizer.decode(ids) for ids in group]
+            scores.append({"judge nats/char": np.mean([self.judge(text, PREFIX) for text in whole])})
+            scores[-1] |= H.text_metrics([text[PREFIX:] for text in whole], self.copies, self.words)
+        return H.grouped(scores)
+
+
+class Measure(TextMeasure):
+    """The scores of `TextMeasure`, and what continuations cost under the contestants.
+
+    "nats/char under AR" is exact, "under LLaDA" a bound.
 
     >>> text = "to be or not to be " * 20
     >>> tokenizer = H.CharTokenizer.from_text(text)
@@ -45,9 +71,8 @@ class Measure:
     """
 
     def __init__(self, models: dict, tokenizer: H.CharTokenizer, train_text: str):
-        self.models, self.tokenizer, self.judge = models, tokenizer, H.ngram_judge(train_text)
-        self.copies = H.copy_index(train_text)
-        self.words = {word.lower() for word in H.WORD.findall(train_text)}
+        super().__init__(tokenizer, train_text)
+        self.models = models
 
     def __call__(self, sequences: Tensor) -> dict[str, float]:
         """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
@@ -55,13 +80,9 @@ class Measure:
         options = {"n_samples": 4, "maskable": free, "generator": torch.Generator().manual_seed(0)}
         nats = {"AR": H.ar_nll(self.models["AR"], sequences, H.START_ID, counted=free)}
         nats["LLaDA"] = low_noise_nelbo(self.models["LLaDA"], sequences, H.MASK_ID, **options)
-        scores, length = [], sequences.shape[1] - PREFIX
-        for group in torch.arange(len(sequences)).chunk(H.GROUPS):
-            whole = [self.tokenizer.decode(ids) for ids in sequences[group]]
-            scores.append({"judge nats/char": np.mean([self.judge(text, PREFIX) for text in whole])})
-            scores[-1] |= H.text_metrics([text[PREFIX:] for text in whole], self.copies, self.words)
-            scores[-1] |= {f"nats/char under {name}": x[group].mean().item() / length for name, x in nats.items()}
-        return H.grouped(scores)
+        costs = {f"nats/char under {name}": x / (sequences.shape[1] - PREFIX) for name, x in nats.items()}
+        groups = torch.arange(len(sequences)).chunk(H.GROUPS)
+        return super().__call__(sequences) | H.grouped([{key: x[g].mean().item() for key, x in costs.items()} for g in groups])
 
     def trial(self, write: Callable[[], H.Generation]) -> dict[str, float]:
         """Let `write` make all texts: the mean passes per text, tokens per second, and the scores."""
