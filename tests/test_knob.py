@@ -77,8 +77,12 @@ def test_one_by_one_ar_and_llada_write_as_in_the_other_studies(kind):
 
 @pytest.mark.parametrize("temperature, remasking", [(0.0, "low_confidence"), (1.0, "random")])
 def test_blocks_are_filled_as_without_a_cache(temperature, remasking):
-    model, template = model_of(8), template_of(3, prompt=13)
+    """By passes over no more than a finished block and the next one."""
+    model, template, looked_at = model_of(8), template_of(3, prompt=13), []
+    hook = model.embed.register_forward_hook(lambda module, given, out: looked_at.append(out.shape[1]))
     ours = knob.fill(model, template, 4, temperature, seeded(2))
+    hook.remove()
+    assert len(looked_at) == ours.nfe and max(looked_at) <= 16
     options = {"temperature": temperature, "remasking": remasking, "forbidden": knob.SPECIAL, "generator": seeded(2)}
     plain = blocks.generate_blocks(model, template, mask_id=h.MASK_ID, block_length=8, steps_per_block=4, **options)
     assert torch.equal(ours.ids, plain.ids) and torch.equal(ours.order, plain.order) and ours.nfe == plain.nfe
@@ -326,6 +330,11 @@ def test_race_says_how_far_texts_are_and_how_fast():
         assert found[key] == pytest.approx(pair), key
     in_batch = knob.race(*tables(FEW), batch=32)
     assert in_batch["ratio"].tolist() == pytest.approx((raced["ratio"] / 2).tolist())
+
+
+def test_llada_does_not_race_though_a_single_block_does():
+    raced = knob.race(*tables({("L' = 64", 64): {64: (2.2, 3.0, 100)}}))
+    assert raced[["row", "ratio"]].values.tolist() == [["L' = 64", 0.25]]
 
 
 def test_less_entropy_is_as_far_as_more():
