@@ -23,6 +23,7 @@ How to train, by suites of experiments:
     tuning        the recipe with one of its choices changed
     budget        what more training buys
     blocks        block diffusion: from AR to LLaDA in one number, with an exact cache
+    knob          what that number buys and costs: likelihood, texts, speed, blanks filled
 
 What a trained model knows:
 

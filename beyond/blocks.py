@@ -25,7 +25,8 @@ from llada_helpers import MaskPredictor
 
 BlockPredictor = Callable[[Tensor], Tensor]
 LENGTHS = (1, 2, 4, 8, 16, 32)
-_LITTLE = (H.TrainConfig(40, 16, evals=1), H.TrainConfig(800, 16, evals=8))
+WHOLE = (1, 4, 16)  # those also trained for as many steps as LLaDA, at more than twice its compute
+_LITTLE = (H.TrainConfig(40, 16, evals=1), H.TrainConfig(600, 16, evals=4))
 SIZES = {  # the notebook's short form and the full one
     "smoke": (H.TrainConfig(10, 16, evals=1, eval_windows=32), H.TrainConfig(20, 16, evals=1, eval_windows=32)),
     "cpu": _LITTLE,
@@ -351,20 +352,23 @@ def block_jobs(
 ) -> dict[str, list[H.Job]]:
     """LLaDA in the first row, AR, and block diffusion for every L' below the window, of equal parameters; two seeds each.
 
-    A pass over both halves costs about two. So each L' stands there twice: with as many steps, on as many characters, and with
-    half the steps, at about the same compute. L' = L has no clean half, and is LLaDA with exactly l masks.
+    A pass over both halves costs a little more than two (2.25 at 5 x 128 and a window of 128). So each L' is trained for half
+    the steps, at about the same compute; and those of `WHOLE` also for as many steps, on as many characters. L' = L has no clean
+    half, and is LLaDA with exactly l masks.
 
     >>> ids = torch.arange(4, 30)
     >>> jobs = block_jobs(H.PRESETS["smoke"], SIZES["smoke"][1], 30, ids, ids)
-    >>> list(jobs)[:4], list(jobs)[-1], [jobs[row][0].train.steps for row in list(jobs)[2:4]]
-    (['LLaDA', 'AR', "L' = 1", "L' = 1, half the steps"], "L' = 64", [20, 10])
+    >>> list(jobs)[:5], list(jobs)[-1], [jobs[row][0].train.steps for row in list(jobs)[2:4]]
+    (['LLaDA', 'AR', "L' = 1, half the steps", "L' = 1", "L' = 2, half the steps"], "L' = 64", [10, 20])
     """
     shape, data = preset.model(vocab_size, causal=False), (train_ids, val_ids)
     whole = [replace(config, seed=seed) for seed in (0, 1)]
     half = [replace(c, steps=max(1, c.steps // 2)) for c in whole]
     jobs = {name: [H.Job(replace(shape, causal=name == "AR"), c, *data) for c in whole] for name in ("LLaDA", "AR")}
-    for length in [*(n for n in LENGTHS if n < shape.seq_len), shape.seq_len]:
-        kinds = {"": whole} if length == shape.seq_len else {"": whole, ", half the steps": half}
+    lengths = [n for n in LENGTHS if n < shape.seq_len]
+    for length in [*lengths, shape.seq_len]:
+        kinds = {", half the steps": half} if length in lengths else {}
+        kinds |= {"": whole} if length in (*WHOLE, shape.seq_len) else {}
         for steps, configs in kinds.items():
             row = f"L' = {length}{steps}"
             jobs[row] = [BlockJob(shape, c, *data, architecture=block_diffusion(length)) for c in configs]

@@ -114,21 +114,11 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
     """
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, val_ids = H.split(tokenizer.encode(text))
-    train_text, length = text[: len(train_ids)], preset.seq_len
-    judge, copies = H.ngram_judge(train_text), H.copy_index(train_text)
-    words = {word.lower() for word in H.WORD.findall(train_text)}
+    length, scores = preset.seq_len, quality.TextMeasure(tokenizer, text[: len(train_ids)])
     _, template = quality.prompts(H.windows(val_ids, length), preset.texts)
     opening = torch.full((1, length), H.MASK_ID)
     start = prompt if set(prompt) <= set(text) else text[len(train_ids) :][: len(prompt)]
     opening[0, : len(start)] = tokenizer.encode(start)
-
-    def scores(ids: Tensor) -> dict[str, float]:
-        groups = []
-        for group in ids.tensor_split(H.GROUPS):
-            whole = [tokenizer.decode(one) for one in group]
-            score = {"judge nats/char": np.mean([judge(one, quality.PREFIX) for one in whole])}
-            groups.append(score | H.text_metrics([one[quality.PREFIX :] for one in whole], copies, words))
-        return H.grouped(groups)
 
     def measure(job: H.Job, run: H.Run) -> dict:
         device = next(run.model.parameters()).device

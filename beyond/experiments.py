@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, blocks, budget, crossover, quality, recipe, schedule, sweep, tuning, vocabulary
+from beyond import ablations, blocks, budget, crossover, knob, quality, recipe, schedule, sweep, tuning, vocabulary
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
@@ -222,6 +222,7 @@ SUITES = {
         "block diffusion between AR and LLaDA, at equal steps and at equal compute",
         blocks.SIZES,
         lambda preset, size, text, data: (blocks.block_jobs(preset, size, *data), None),
+        knob.knob_measure,
     ),
     "crossover": Suite(
         "LLaDA against AR on little text, for many epochs",

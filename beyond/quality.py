@@ -29,23 +29,20 @@ def prompts(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return truth, template
 
 
-class Measure:
-    """Scores of continuations, with 95% intervals over H.GROUPS groups of texts.
+class TextMeasure:
+    """Scores of continuations by the training text alone, with 95% intervals over H.GROUPS groups of texts.
 
-    "judge nats/char" is under an n-gram model of the training text, "nats/char under AR" and "under LLaDA" (a bound) under the
-    contestants; the others are those of `llada_helpers.text_metrics`.
+    "judge nats/char" is under an n-gram model of that text; the others are those of `llada_helpers.text_metrics`.
 
     >>> text = "to be or not to be " * 20
     >>> tokenizer = H.CharTokenizer.from_text(text)
-    >>> shape = {"vocab_size": tokenizer.vocab_size, "seq_len": 38, "n_layer": 1, "n_head": 1, "n_embd": 8}
-    >>> models = {name: H.Transformer(H.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
-    >>> scores = Measure(models, tokenizer, text)(H.windows(tokenizer.encode(text), 38)[:8])
-    >>> [round(float(scores[x]), 3) for x in ("known words", "nats/char under AR")]  # AR, fresh, is blank: ln 11
-    [1.0, 2.398]
+    >>> scores = TextMeasure(tokenizer, text)(H.windows(tokenizer.encode(text), 38)[:8])
+    >>> [round(float(scores[x]), 3) for x in ("known words", "longest copy", "longest copy ±")]
+    [1.0, 22.0, 0.0]
     """
 
-    def __init__(self, models: dict, tokenizer: H.CharTokenizer, train_text: str):
-        self.models, self.tokenizer, self.judge = models, tokenizer, H.ngram_judge(train_text)
+    def __init__(self, tokenizer: H.CharTokenizer, train_text: str):
+        self.tokenizer, self.judge = tokenizer, H.ngram_judge(train_text)
         self.copies = H.copy_index(train_text)
         self.words = {word.lower() for word in H.WORD.findall(train_text)}
 
@@ -57,6 +54,29 @@ class Measure:
             scores.append({"judge nats/char": np.mean([self.judge(text, PREFIX) for text in whole])})
             scores[-1] |= H.text_metrics([text[PREFIX:] for text in whole], self.copies, self.words)
         return scores
+
+    def __call__(self, sequences: Tensor) -> dict[str, float]:
+        """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
+        return H.grouped(self.by_group(sequences))
+
+
+class Measure(TextMeasure):
+    """The scores of `TextMeasure`, and what continuations cost under the contestants.
+
+    "nats/char under AR" is exact, "under LLaDA" a bound.
+
+    >>> text = "to be or not to be " * 20
+    >>> tokenizer = H.CharTokenizer.from_text(text)
+    >>> shape = {"vocab_size": tokenizer.vocab_size, "seq_len": 38, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    >>> models = {name: H.Transformer(H.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
+    >>> scores = Measure(models, tokenizer, text)(H.windows(tokenizer.encode(text), 38)[:8])
+    >>> [round(float(scores[x]), 3) for x in ("known words", "nats/char under AR")]  # AR, fresh, is blank: ln 11
+    [1.0, 2.398]
+    """
+
+    def __init__(self, models: dict, tokenizer: H.CharTokenizer, train_text: str):
+        super().__init__(tokenizer, train_text)
+        self.models = models
 
     def __call__(self, sequences: Tensor) -> dict[str, float]:
         """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""

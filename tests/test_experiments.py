@@ -539,7 +539,6 @@ def test_train_from_the_command_line(tiny, capsys, model):
     [
         ("ablations", "^ours", ablations.OURS),
         ("ablate", "AdamW", "AdamW only"),
-        ("blocks", "= 4, half", "L' = 4, half the steps"),
         ("crossover", "^AR,.*50", "AR, 50 characters, 10 steps"),
         ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),

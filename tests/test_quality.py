@@ -51,6 +51,13 @@ def test_only_what_was_written_counts(tokenizer, models, windows):
     assert measure(noise)["judge nats/char"] > scores["judge nats/char"] + 1
 
 
+def test_scores_by_the_training_text_are_the_same_without_contestants(tokenizer, models, windows):
+    sequences = torch.randint(4, tokenizer.vocab_size, windows[: 2 * H.GROUPS].shape, generator=torch.Generator().manual_seed(0))
+    alone, all_of_them = (m(sequences) for m in (quality.TextMeasure(tokenizer, TEXT), quality.Measure(models, tokenizer, TEXT)))
+    assert {"judge nats/char", "known words ±"} <= set(alone) and alone.items() <= all_of_them.items()
+    assert {key for key in all_of_them if key not in alone} == {f"nats/char under {m}{i}" for m in models for i in ("", " ±")}
+
+
 def test_a_trial_counts_passes_and_characters(tokenizer, models, windows):
     _, template = quality.prompts(windows, H.GROUPS)
     options = {"mask_id": H.MASK_ID, "steps": 4, "forbidden": (H.PAD_ID, H.START_ID, H.END_ID)}
