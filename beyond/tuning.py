@@ -41,11 +41,6 @@ def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Te
     [10, 5, 10]
     """
     shape, ours = preset.model(vocab_size, causal=False), polynomial(H.POWER)
-    depth, unit = preset.n_layer, 2 * preset.n_head
-
-    def reshaped(n_layer: int) -> H.ModelConfig:
-        return replace(shape, n_layer=n_layer, n_embd=unit * round(preset.n_embd * (depth / n_layer) ** 0.5 / unit))
-
     half = round(characters / (16 * shape.seq_len) / 2)
     rows = {
         "16 windows a step": {},
@@ -54,12 +49,9 @@ def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Te
         "decay from the start": {"decay": 1.0},
         "Muon's rate x 1.5": {"muon_lr": 0.03},
         "Muon's rate / 1.5": {"muon_lr": 0.0133},
-        "32 windows, Muon's rate / 1.5": {"batch_size": 32, "muon_lr": 0.0133},
         "Muon's rate / 2.25": {"muon_lr": 0.0089},
         "AdamW's rate x 2": {"adamw_lr": 6e-3},
-        "AdamW's rate / 2": {"adamw_lr": 1.5e-3},
         "unweighted first, Eq. 3 in the decay": {"make_batch": switched(masked_mean, ours, half)},
-        "one layer less, wider": {"shape": reshaped(max(1, depth - 1))},
     }
     defaults = {"shape": shape, "make_batch": ours}
     return {
@@ -79,8 +71,10 @@ def ar_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tenso
     shape = preset.model(vocab_size, causal=True)
     rows = {
         "16 windows a step": {},
-        "32 windows": {"batch_size": 32},
+        "Muon's rate / 1.5": {"muon_lr": 0.0133},
         "dropout 0.1": {"shape": replace(shape, dropout=0.1)},
+        "weight decay 0.1": {"weight_decay": 0.1},
+        "weight decay 0.3": {"weight_decay": 0.3},
     }
     defaults = {"shape": shape, "make_batch": None, "characters": round(characters * 4 / 3), "data": (train_ids, val_ids)}
     return {row: _jobs(**defaults | row_changes) for row, row_changes in rows.items()}
