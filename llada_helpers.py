@@ -1380,7 +1380,7 @@ PRESETS = {
         "smoke", 64, 2, 2, 32, 0.0, *[TrainConfig(200, 16, evals=5, eval_windows=32)] * 2, nelbo_samples=1, texts=16, blanks=16,
         candidates=2, repeats=4, step_counts=(4, 16, 64)),
     "cpu": Preset(
-        "cpu", 128, 5, 4, 128, 0.0, llada=TrainConfig(3150, 32, 0.015, evals=21), ar=TrainConfig(1060, 32, 0.015, evals=20),
+        "cpu", 128, 5, 4, 128, 0.0, llada=TrainConfig(3150, 32, 0.015, evals=21), ar=TrainConfig(1060, 32, weight_decay=0.2),
         compiled=True, nelbo_samples=8, texts=64, blanks=300, candidates=4, repeats=32, step_counts=(8, 16, 32, 64, 128)),
     "gpu": Preset(
         "gpu", 256, 6, 6, 384, 0.1, llada=TrainConfig(6000, 64, adamw_lr=2e-3, evals=30),
@@ -1388,7 +1388,7 @@ PRESETS = {
         nelbo_samples=16, texts=128, blanks=1000, candidates=8, repeats=32, step_counts=(8, 16, 32, 64, 128, 256)),
 }  # fmt: skip
 LONG = replace(PRESETS["cpu"], name="cpu_long", seq_len=256, n_layer=6, n_head=5, n_embd=160)
-PRESETS["cpu_long"] = replace(LONG, llada=TrainConfig(6000, 16, 0.015, evals=15), ar=TrainConfig(1500, 16, 0.015, evals=15))
+PRESETS["cpu_long"] = replace(LONG, llada=TrainConfig(6000, 16, 0.015, evals=15), ar=TrainConfig(1500, 16, weight_decay=0.1))
 
 
 def choose_preset() -> Preset:
