@@ -19,20 +19,19 @@ from beyond.vocabulary import multiplications
 
 
 class Budget(NamedTuple):
-    """A share of what a preset trains, and with how many seeds."""
+    """A share of what a preset trains."""
 
     preset: str
     share: float
-    seeds: int
 
 
 def _shares(preset: str, *shares: int) -> list[Budget]:
-    return [*(Budget(preset, 1 / n, 2) for n in shares), Budget(preset, 1, 1)]
+    return [Budget(preset, 1 / n) for n in (*shares, 1)]
 
 
 _SMOKE = {"LLaDA": _shares("smoke", 2), "AR": _shares("smoke", 2)}
 _CPU = {"LLaDA": _shares("cpu", 9, 3), "AR": _shares("cpu", 27, 9, 3)}
-_LONG = {name: [*rows, Budget("cpu_long", 1, 1)] for name, rows in _CPU.items()}
+_LONG = {name: [*rows, Budget("cpu_long", 1)] for name, rows in _CPU.items()}
 _GPU = {"LLaDA": _shares("gpu", 9, 3), "AR": _shares("gpu", 27, 9, 3)}
 SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _CPU), "cpu_long": (_SMOKE, _LONG), "gpu": (_SMOKE, _GPU)}
 
@@ -49,21 +48,21 @@ def training_flop(job: H.Job) -> int:
 
 
 def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
-    """A row for each model and budget, a training for each seed: that of the preset, with fewer steps.
+    """A row for each model and budget: the preset's training with fewer steps, one seed.
 
     >>> ids = torch.arange(4, 30)
     >>> {row: [job.train.steps for job in trials] for row, trials in budget_jobs(SIZES["smoke"][1], 30, ids, ids).items()}
-    {'LLaDA, smoke / 2': [100, 100], 'LLaDA, smoke': [200], 'AR, smoke / 2': [100, 100], 'AR, smoke': [200]}
+    {'LLaDA, smoke / 2': [100], 'LLaDA, smoke': [200], 'AR, smoke / 2': [100], 'AR, smoke': [200]}
     """
     jobs = {}
     for name, rows in budgets.items():
-        for preset, share, seeds in rows:
+        for preset, share in rows:
             job = H.PRESETS[preset].jobs(vocab_size, train_ids, val_ids)[name]
             config = job.train
             if share < 1:
                 config = replace(config, steps=round(share * config.steps), evals=max(1, round(share * config.evals)))
             row = f"{name}, {preset}" + (f" / {round(1 / share)}" if share < 1 else "")
-            jobs[row] = [replace(job, train=replace(config, seed=seed)) for seed in range(seeds)]
+            jobs[row] = [replace(job, train=config)]
     return jobs
 
 
