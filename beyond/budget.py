@@ -99,8 +99,8 @@ def validation_nats(model: H.Transformer, val_ids: Tensor, samples: int) -> tupl
 def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Callable[[H.Job, H.Run], dict]:
     """What `run_jobs` adds to a row: compute, nats per character of the whole validation text, judge, known words, a sample.
 
-    Texts are continued from equal prompts of equal length, one window of the preset, whatever the model's own window; judge and
-    words are those of Part 8. The sample begins with `prompt`, or with the validation text if the text lacks its characters.
+    Texts are continued from equal prompts to one window of the preset, a shorter one if that is the model's; judge and words are
+    those of Part 8. The sample begins with `prompt`, or with the validation text if the text lacks its characters.
 
     >>> text = "to be, or not to be " * 40
     >>> tokenizer = H.CharTokenizer.from_text(text)
@@ -122,7 +122,8 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
     def measure(job: H.Job, run: H.Run) -> dict:
         device = next(run.model.parameters()).device
         nats, interval = H.per_character(*validation_nats(run.model, val_ids, preset.nelbo_samples))
-        made, sample = (write(run.model, x.to(device), torch.Generator().manual_seed(0)).ids for x in (template, opening))
+        fitting = (x[:, : run.model.config.seq_len].to(device) for x in (template, opening))
+        made, sample = (write(run.model, x, torch.Generator().manual_seed(0)).ids for x in fitting)
         score = {key: value for key, value in scores(made).items() if key.startswith(("judge", "known", "char"))}
         counted = {"model": "AR" if job.model.causal else "LLaDA", "PFLOP": training_flop(job) / 1e15}
         return {**counted, "nats/char": nats, "95% ±": interval, **score, "sample": tokenizer.decode(sample[0])}
