@@ -125,7 +125,7 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
         fitting = (x[:, : run.model.config.seq_len].to(device) for x in (template, opening))
         made, sample = (write(run.model, x, torch.Generator().manual_seed(0)).ids for x in fitting)
         score = {key: value for key, value in scores(made).items() if key.startswith(("judge", "known", "char"))}
-        counted = {"model": "AR" if job.model.causal else "LLaDA", "PFLOP": training_flop(job) / 1e15}
+        counted = {"model": "AR" if job.model.causal else "LLaDA", "TFLOP": training_flop(job) / 1e12}
         return {**counted, "nats/char": nats, "95% ±": interval, **score, "sample": tokenizer.decode(sample[0])}
 
     return measure
@@ -136,14 +136,14 @@ def compute_ratio(table: pd.DataFrame) -> tuple[float, float]:
     both curves pass; each curve is straight between its budgets in log compute. (NaN, NaN) where the curves have none in common.
 
     >>> curves = {"LLaDA": ((1, 2.5), (10, 2.0), (100, 1.5)), "AR": ((0.1, 2.5), (1, 2.0), (10, 1.5))}
-    >>> rows = [{"model": name, "PFLOP": c, "nats/char": n} for name, curve in curves.items() for c, n in curve]
+    >>> rows = [{"model": name, "TFLOP": c, "nats/char": n} for name, curve in curves.items() for c, n in curve]
     >>> [round(ratio, 6) for ratio in compute_ratio(pd.DataFrame(rows))]
     [10.0, 10.0]
     """
     curves = {}
     for name, part in table.groupby("model"):
         part = part.sort_values("nats/char")
-        curves[name] = part["nats/char"].to_numpy(), np.log(part["PFLOP"].to_numpy())
+        curves[name] = part["nats/char"].to_numpy(), np.log(part["TFLOP"].to_numpy())
     low, high = (pick(curve[0][end] for curve in curves.values()) for pick, end in ((max, 0), (min, -1)))
     if low > high:
         return float("nan"), float("nan")

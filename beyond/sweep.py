@@ -49,7 +49,7 @@ SIZES = {  # the notebook's short form and the full one
     "smoke": (Sweep(8, (4,), (0.7, 1.1)), Sweep(16, (4,), (0.7, 1.1))),
     "cpu": _CPU,
     "cpu_long": _CPU,
-    "gpu": (Sweep(32, (8, 16, 32), (0.7, 1.1)), Sweep(256, (8, 16, 32, 64), (0.6, 0.75, 0.9, 1.05, 1.2))),
+    "gpu": (Sweep(16, (8, 16), (0.7, 1.1)), Sweep(256, (8, 16, 32, 64), (0.6, 0.75, 0.9, 1.05, 1.2))),
 }
 
 

@@ -27,7 +27,7 @@ def _jobs(
     """Trainings of one row, 16 windows a step unless `changes` of the configuration say otherwise."""
     windows = changes.pop("batch_size", 16)
     steps = max(1, round(characters / (windows * shape.seq_len)))
-    config = H.TrainConfig(steps, windows, evals=min(4, steps), eval_windows=512, **changes)
+    config = H.TrainConfig(steps, windows, evals=min(4, steps), eval_windows=min(512, characters // 1000), **changes)
     return [H.Job(shape, config, *data, make_batch)]
 
 

@@ -74,7 +74,7 @@ def test_measure_is_that_of_part_8(in_folder):
     judge = h.ngram_judge(TEXT[: len(TRAIN)])
     each = [judge(TOKENIZER.decode(ids), quality.PREFIX) for ids in made.ids]
     assert row["judge nats/char"] == pytest.approx(np.mean(each)) and row["sample"].startswith("to be")
-    assert len(row["sample"]) == SMOKE.seq_len and row["PFLOP"] == budget.training_flop(job) / 1e15
+    assert len(row["sample"]) == SMOKE.seq_len and row["TFLOP"] == budget.training_flop(job) / 1e12
 
 
 def test_measured_columns_replace_and_average(in_folder):
@@ -94,7 +94,7 @@ def test_from_the_command_line(in_folder, monkeypatch, capsys):
     main(["budget", "--preset", "smoke"])
     table = pd.read_csv("build/smoke/figures/tables/budget.csv")
     assert table["row"].tolist() == ["LLaDA, smoke / 2", "LLaDA, smoke", "AR, smoke / 2", "AR, smoke"]
-    assert table["PFLOP"].notna().all() and "AR, smoke" in capsys.readouterr().out
+    assert table["TFLOP"].notna().all() and "AR, smoke" in capsys.readouterr().out
 
 
 def test_written_texts_keep_their_prompts_and_have_no_special_tokens():
@@ -106,7 +106,7 @@ def test_written_texts_keep_their_prompts_and_have_no_special_tokens():
 
 
 def curve(name, points):
-    return [{"model": name, "PFLOP": c, "nats/char": n} for c, n in points]
+    return [{"model": name, "TFLOP": c, "nats/char": n} for c, n in points]
 
 
 def test_compute_ratio_between_budgets():
