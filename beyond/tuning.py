@@ -51,7 +51,6 @@ def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Te
         "Muon's rate / 1.5": {"muon_lr": 0.0133},
         "Muon's rate / 2.25": {"muon_lr": 0.0089},
         "AdamW's rate x 2": {"adamw_lr": 6e-3},
-        "weight decay 0.1": {"weight_decay": 0.1},
         "unweighted first, Eq. 3 in the decay": {"make_batch": switched(masked_mean, ours, half)},
     }
     defaults = {"shape": shape, "make_batch": ours}
