@@ -543,7 +543,7 @@ def test_train_from_the_command_line(tiny, capsys, model):
         ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),
         ("schedule_full", str(h.POWER), f"t = u^{h.POWER}"),
-        ("tuning", "^8 windows$", "8 windows"),
+        ("tuning", "^32 windows", "32 windows"),
         ("tuning_ar", "^dropout", "dropout 0.1"),
         ("vocabulary", "^AR, char", "AR, characters"),
     ],
