@@ -245,7 +245,7 @@ SUITES = {
         lambda preset, size, text, data: (schedule.schedule_jobs(preset, size, *data), None),
     ),
     "tuning": Suite(
-        "LLaDA's recipe with one of its choices changed, at a third of the preset's training",
+        "LLaDA's recipe with one of its choices changed, at a quarter of the preset's training",
         tuning.SIZES,
         lambda preset, size, text, data: (tuning.llada_jobs(preset, size, *data), None),
     ),

@@ -1,8 +1,8 @@
 """What the presets' recipe is worth: LLaDA and AR with one of its choices changed.
 
-LLaDA is trained on a third of the characters that the preset shows it, AR on all, since what AR needs against learning the text
-by heart does not show before. All rows of a table read the same number of characters; those with models of another shape have
-about the same number of parameters. One seed each: rows of the same batch see the same windows and the same uniform numbers.
+LLaDA is trained on a quarter of the characters that `cpu` shows it, AR on nearly all, since what AR needs against learning the
+text by heart does not show before. All rows of a table read the same number of characters. One seed each: rows of the same batch
+see the same windows and the same uniform numbers.
 """
 
 from collections.abc import Callable
