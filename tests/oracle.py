@@ -1,4 +1,7 @@
-"""Mask predictors whose every number is known: exact ones by enumeration, and a wrong one from a fixed random table."""
+"""Mask predictors whose every number is known: exact ones by enumeration, and a wrong one from a fixed random table.
+
+And what many tests begin with: generators, templates of masks, models that are not blank.
+"""
 
 import itertools
 import math
@@ -7,8 +10,37 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+import llada_helpers as h
+
 PAD, MASK, START, END = range(4)
 FIRST = 4  # the first data id
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def masks(rows, length=3):
+    return torch.full((rows, length), MASK)
+
+
+def fill(model, template, **options):
+    return h.reverse_process(model, template, **{"mask_id": MASK, "steps": 3, **options})
+
+
+def with_noise(model, std):
+    """A fresh Transformer is blank: its output projections and its head are zero."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def noisy_pair(vocab_size, seq_len, std):
+    """ "LLaDA" and "AR", small, equal in shape, with other weights."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": vocab_size, "seq_len": seq_len, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    pair = {name: h.Transformer(h.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
+    return {name: with_noise(model, std) for name, model in pair.items()}
 
 
 class ExactPredictor:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from oracle import ExactPredictor, enumerated_nelbo
+from oracle import ExactPredictor, enumerated_nelbo, with_noise
 
 import llada_helpers as H
 from beyond import anatomy
@@ -17,8 +17,7 @@ def exact():
 def tiny(causal: bool = False) -> H.Transformer:
     torch.manual_seed(0)
     model = H.Transformer(H.ModelConfig(vocab_size=8, seq_len=6, n_layer=1, n_head=2, n_embd=8, causal=causal))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    with_noise(model, 0.3)
     return model.eval()
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracle import MASK, PAD, START, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, within
+from oracle import MASK, PAD, START, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, seeded, within
 
 import llada_helpers as h
 from beyond import decoding as d
@@ -18,10 +18,6 @@ WRONG = WrongPredictor(EXACT.vocab_size)
 WRONG_LONG = WrongPredictor(LONG.vocab_size, seed=4)
 EVERYTHING = torch.ones(3, dtype=torch.bool)
 MANY = lik.MANY_SAMPLES
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def estimates(predict, sequence, runs, n_samples=1, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, within
+from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, seeded, within
 
 import llada_helpers as h
 from beyond import blocks as b
@@ -18,10 +18,6 @@ WRONG = WrongPredictor(EXACT.vocab_size, seed=4)
 CONFIG = h.ModelConfig(vocab_size=9, seq_len=8, n_layer=2, n_head=2, n_embd=16)
 LENGTHS = (1, 2, 3, 4, 8)
 SPECIAL = (h.PAD_ID, h.START_ID, h.END_ID)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def model_of(block_length, config=CONFIG, seed=0):

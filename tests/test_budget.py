@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from oracle import with_noise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,8 +62,7 @@ def test_whole_budgets_are_the_presets_own_trainings():
 def test_measure_is_that_of_part_8(in_folder):
     model = h.Transformer(SMOKE.model(TOKENIZER.vocab_size, causal=False))
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    with_noise(model, 0.1)
     job = SMOKE.jobs(*DATA)["LLaDA"]
     row = budget.budget_measure(SMOKE, TEXT, "to be")(job, h.Run(model, pd.DataFrame(), {}, None))
     windows = h.windows(VAL, SMOKE.seq_len)

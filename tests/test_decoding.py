@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FIRST, MASK, ChiSquare, ExactPredictor, WrongPredictor, templates
+from oracle import FIRST, MASK, ChiSquare, ExactPredictor, WrongPredictor, fill, masks, seeded, templates, with_noise
 
 import llada_helpers as h
 from beyond import decoding as d
@@ -18,18 +18,6 @@ ROWS = 6000
 STRATEGIES = ("low_confidence", "random", "entropy", "margin", "ancestral")
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def fill(model, template, **options):
-    return h.reverse_process(model, template, **{"mask_id": MASK, "steps": 3, **options})
-
-
-def masks(rows, length=3):
-    return torch.full((rows, length), MASK)
-
-
 def counts_of(ids):
     return torch.bincount(EXACT.index(ids), minlength=len(EXACT.sequences))
 
@@ -38,8 +26,7 @@ def counts_of(ids):
 def transformer():
     torch.manual_seed(0)
     model = h.Transformer(h.ModelConfig(vocab_size=12, seq_len=24, n_layer=2, n_head=2, n_embd=16)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    with_noise(model, 0.3)
     return model
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import END, MASK, PAD, START, WrongPredictor
+from oracle import END, MASK, PAD, START, WrongPredictor, seeded
 
 import llada_helpers as h
 from beyond import dialogue
@@ -16,10 +16,6 @@ from beyond.decoding import guided
 from beyond.likelihood import choose, low_noise_nelbo
 
 SEP = "[SEP]"
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 # --- dialogue ---

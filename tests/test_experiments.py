@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import MASK, PAD, ExactPredictor, WrongPredictor, enumerated_nelbo, within
+from oracle import MASK, PAD, ExactPredictor, WrongPredictor, enumerated_nelbo, seeded, within
 from torch import nn
 
 import llada_helpers as h
@@ -35,10 +35,6 @@ EQUATION_3 = [name for name in VARIANTS if not name.startswith("masked_mean")]
 EXACT = ExactPredictor(length=3, symbols=3)
 WRONG = WrongPredictor(EXACT.vocab_size)
 SEQUENCE = EXACT.sequences[11]  # WRONG's loss on it falls from 3.9 at small t to 1.9 at t = 1: wrong times would be seen
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

@@ -6,14 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import seeded
 
 import llada_helpers as h
 
 MASK = h.MASK_ID
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def ids_of(*shape):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import seeded
 
 import llada_helpers as h
 from beyond import blocks, budget, knob, quality
@@ -21,10 +22,6 @@ TRAIN, VAL = h.split(TOKENIZER.encode(TEXT))
 SMOKE = h.PRESETS["smoke"]
 SHAPE = h.ModelConfig(TOKENIZER.vocab_size, 64, n_layer=2, n_head=2, n_embd=16)
 KINDS = ("AR", 1, 2, 4, 8, 32, 64, "LLaDA")
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def model_of(kind, shape=SHAPE, seed=0):

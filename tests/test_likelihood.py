@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, within
+from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, seeded, within
 
 import llada_helpers as h
 from beyond.likelihood import low_noise_nelbo
@@ -15,10 +15,6 @@ LONG = ExactPredictor(length=4, symbols=2, seed=2)
 WRONG = WrongPredictor(EXACT.vocab_size)
 WRONG_LONG = WrongPredictor(LONG.vocab_size, seed=4)
 EVERYTHING = torch.ones(3, dtype=torch.bool)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 BOUNDS = pytest.mark.parametrize("bound", [h.nelbo, low_noise_nelbo])

@@ -16,6 +16,7 @@ from oracle import (
     WrongPredictor,
     enumerated_bernoulli_loss,
     enumerated_nelbo,
+    seeded,
     within,
 )
 
@@ -25,10 +26,6 @@ assert (h.PAD_ID, h.MASK_ID, h.START_ID, h.END_ID) == (PAD, MASK, START, END)
 EXACT = ExactPredictor(length=3, symbols=3)
 WRONG = WrongPredictor(EXACT.vocab_size)
 EVERYTHING = torch.ones(3, dtype=torch.bool)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(n, seed):

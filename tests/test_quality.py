@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from oracle import noisy_pair
 
 import llada_helpers as H
 from beyond import quality
@@ -17,13 +18,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def models(tokenizer):
-    torch.manual_seed(0)
-    shape = {"vocab_size": tokenizer.vocab_size, "seq_len": 32, "n_layer": 1, "n_head": 1, "n_embd": 8}
-    pair = {name: H.Transformer(H.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
-    for model in pair.values():
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return pair
+    return noisy_pair(tokenizer.vocab_size, 32, 0.1)
 
 
 @pytest.fixture(scope="module")

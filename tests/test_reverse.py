@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FIRST, MASK, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, templates
+from oracle import FIRST, MASK, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, fill, masks, seeded, templates
 
 import llada_helpers as h
 
@@ -18,19 +18,6 @@ EXACT = ExactPredictor(length=3, symbols=3)
 TRUTH = EXACT.logp.exp()
 VOCABULARY = 10
 ROWS = 6000
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def fill(model, template, **options):
-    options = {"mask_id": MASK, "steps": 3, **options}
-    return h.reverse_process(model, template, **options)
-
-
-def masks(rows, length=3):
-    return torch.full((rows, length), MASK)
 
 
 def counts_of(ids):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FIRST, MASK, ChiSquare, ExactPredictor, WrongPredictor, templates
+from oracle import FIRST, MASK, ChiSquare, ExactPredictor, WrongPredictor, fill, masks, seeded, templates
 
 import llada_helpers as h
 from beyond.spacing import bit_reversed, spaced
@@ -16,18 +16,6 @@ TRUTH = EXACT.logp.exp()
 VOCABULARY = 10
 ROWS = 6000
 BY = {"entropy": h.entropy, "margin": h.margin, "low_confidence": h.low_confidence, "bit_reversed": bit_reversed}
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def fill(model, template, **options):
-    return h.reverse_process(model, template, **{"mask_id": MASK, "steps": 3, **options})
-
-
-def masks(rows, length=3):
-    return torch.full((rows, length), MASK)
 
 
 def places(taken):

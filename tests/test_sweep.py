@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import noisy_pair
 
 import llada_helpers as H
 from beyond import experiments, quality, spacing, sweep
@@ -25,13 +26,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def models(tokenizer):
-    torch.manual_seed(0)
-    shape = {"vocab_size": tokenizer.vocab_size, "seq_len": 24, "n_layer": 1, "n_head": 1, "n_embd": 8}
-    pair = {name: H.Transformer(H.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
-    for model in pair.values():
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    return pair
+    return noisy_pair(tokenizer.vocab_size, 24, 0.3)
 
 
 @pytest.fixture(scope="module")
