@@ -26,10 +26,10 @@ from tqdm import tqdm
 import llada_helpers as h
 from beyond.decoding import cached, entropy_bound, threshold
 from beyond.pricing import MACHINES, price_table
+from beyond.quality import SPECIAL
 
 PROMPT = 32
 LONG = 3.0  # seconds: warm-up is then lost in the measurement
-SPECIAL = (h.PAD_ID, h.START_ID, h.END_ID)
 
 
 def reset_peak() -> None:

@@ -36,6 +36,22 @@ _GPU = {"LLaDA": _shares("gpu", 9, 3), "AR": _shares("gpu", 27, 9, 3)}
 SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _CPU), "cpu_long": (_SMOKE, _LONG), "gpu": (_SMOKE, _GPU)}
 
 
+BACKWARD = 3  # a forward and a backward pass cost as much as three forward passes (Kaplan et al. 2020, arXiv:2001.08361)
+
+
+def forward_flop(config: H.ModelConfig, length: int, keys: int) -> int:
+    """Floating-point operations of a forward pass over `length` tokens of one sequence, which attend to `keys` tokens.
+
+    Two for each multiplication, per layer 12 n_embd^2 in matrices and 2 keys n_embd in attention; the head. Nothing is halved for
+    causal attention.
+
+    >>> config = H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8)
+    >>> forward_flop(config, length=6, keys=6), forward_flop(config, length=1, keys=6)
+    (11328, 1888)
+    """
+    return 2 * length * multiplications(replace(config, seq_len=keys))
+
+
 def training_flop(job: H.Job) -> int:
     """Operations of a whole training; the causal mask halves nothing here.
 
@@ -44,7 +60,8 @@ def training_flop(job: H.Job) -> int:
     >>> training_flop(job)  # 40 characters
     20160
     """
-    return 3 * 2 * multiplications(job.model) * job.train.steps * job.train.batch_size * job.model.seq_len
+    length = job.model.seq_len
+    return BACKWARD * job.train.steps * job.train.batch_size * forward_flop(job.model, length, length)
 
 
 def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
@@ -64,21 +81,6 @@ def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Te
             row = f"{name}, {preset}" + (f" / {round(1 / share)}" if share < 1 else "")
             jobs[row] = [replace(job, train=config)]
     return jobs
-
-
-def write(model: H.Transformer, template: Tensor, generator: torch.Generator) -> H.Generation:
-    """Continue templates at temperature 1, one character per pass: in random order, or from left to right if the model is causal.
-
-    >>> model = H.Transformer(H.ModelConfig(vocab_size=9, seq_len=6, n_layer=1, n_head=1, n_embd=8))
-    >>> write(model, torch.tensor([[4, 5, *[H.MASK_ID] * 4]]), torch.Generator().manual_seed(0)).nfe
-    4
-    """
-    free, special = int((template[0] == H.MASK_ID).sum()), (H.PAD_ID, H.START_ID, H.END_ID)
-    options = {"temperature": 1.0, "generator": generator}
-    if model.config.causal:
-        options |= {"start_id": H.START_ID, "forbidden": (H.MASK_ID, *special)}
-        return H.generate_ar(model, template[:, : template.shape[1] - free], free, **options)
-    return H.reverse_process(model, template, mask_id=H.MASK_ID, steps=free, remasking="random", forbidden=special, **options)
 
 
 def validation_nats(model: H.Transformer, val_ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
@@ -119,11 +121,13 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
     start = prompt if set(prompt) <= set(text) else text[len(train_ids) :][: len(prompt)]
     opening[0, : len(start)] = tokenizer.encode(start)
 
+    def continued(model: H.Transformer, some: Tensor) -> Tensor:
+        options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
+        return quality.write(model, *H._on_device(model, some), **options).ids
+
     def measure(job: H.Job, run: H.Run) -> dict:
-        device = next(run.model.parameters()).device
         nats, interval = H.per_character(*validation_nats(run.model, val_ids, preset.nelbo_samples))
-        fitting = (x[:, : run.model.config.seq_len].to(device) for x in (template, opening))
-        made, sample = (write(run.model, x, torch.Generator().manual_seed(0)).ids for x in fitting)
+        made, sample = (continued(run.model, x[:, : run.model.config.seq_len]) for x in (template, opening))
         score = {key: value for key, value in scores(made).items() if key.startswith(("judge", "known", "char"))}
         counted = {"model": "AR" if job.model.causal else "LLaDA", "TFLOP": training_flop(job) / 1e12}
         return {**counted, "nats/char": nats, "95% ±": interval, **score, "sample": tokenizer.decode(sample[0])}

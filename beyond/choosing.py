@@ -11,6 +11,7 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond.likelihood import choose
+from beyond.quality import SPECIAL
 
 
 class Sizes(NamedTuple):
@@ -85,7 +86,7 @@ def make_quiz(rows: Tensor, answer: int, forward: bool, tokenizer: H.CharTokeniz
     known, truth = (rows[:, :-answer], rows[:, -answer:]) if forward else (rows[:, answer:], rows[:, :answer])
     rng, other, third = np.random.default_rng(seed), truth.roll(1, dims=0), truth.roll(2, dims=0)
     if forward:
-        options = {"start_id": H.START_ID, "forbidden": (H.MASK_ID, H.PAD_ID, H.START_ID, H.END_ID)}
+        options = {"start_id": H.START_ID, "forbidden": (H.MASK_ID, *SPECIAL)}
         generator = torch.Generator().manual_seed(seed)
         device = next(ar.parameters()).device if isinstance(ar, torch.nn.Module) else rows.device
         third = H.generate_ar(ar, known.to(device), answer, generator=generator, **options).ids[:, -answer:].to(rows.device)

@@ -17,7 +17,6 @@ from torch import Tensor
 import llada_helpers as H
 from beyond import blocks, budget, quality
 
-SPECIAL = (H.PAD_ID, H.START_ID, H.END_ID)
 BLANK = 4  # characters to fill in
 SETTINGS = {"L'": 1, "L'/2": 2, "L'/4": 4, "1": None}  # passes per block: L' over this, or one
 SCORES = ("judge nats/char", "known words", "char entropy", "distinct-3")
@@ -56,7 +55,7 @@ def fill(
     Inside a block in random order when sampling (masks as in training), the most confident first when greedy. AR and block
     diffusion keep keys and values; AR goes on from what precedes the masks, in a pass for each, and its ids end with them.
 
-    ValueError: what `blocks.generate_blocks` refuses, or masks that AR cannot fill, as they are not one run in the same place.
+    ValueError: what `blocks.generate_blocks` refuses, or `quality.write` for AR.
 
     >>> template = torch.tensor([[4, 5, H.MASK_ID, H.MASK_ID, 6]])
     >>> shape = H.ModelConfig(vocab_size=9, seq_len=8, n_layer=1, n_head=1, n_embd=8)
@@ -66,13 +65,8 @@ def fill(
     """
     options = {"temperature": temperature, "generator": generator}
     if model.config.causal:
-        masked = template == H.MASK_ID
-        start, count = int(masked[0].int().argmax()), int(masked[0].sum())
-        if int(masked.sum()) != count * len(masked) or not bool(masked[:, start : start + count].all()):
-            raise ValueError("AR goes on from where the masks begin: pass a template with one run of masks, the same in all rows")
-        options |= {"start_id": H.START_ID, "forbidden": (H.MASK_ID, *SPECIAL)}
-        return H.generate_ar(model, template[:, :start], count, **options)
-    options |= {"remasking": "random" if temperature else "low_confidence", "forbidden": SPECIAL, "mask_id": H.MASK_ID}
+        return quality.write(model, template, **options)
+    options |= {"remasking": "random" if temperature else "low_confidence", "forbidden": quality.SPECIAL, "mask_id": H.MASK_ID}
     predict = blocks.cached_blocks(model) if isinstance(model, blocks.BlockDiffusion) else model
     length = block_length_of(model)
     return blocks.generate_blocks(predict, template, block_length=length, steps_per_block=passes_per_block, **options)

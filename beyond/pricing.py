@@ -16,7 +16,7 @@ import pkgutil
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -30,10 +30,8 @@ from torch import Tensor, nn
 import beyond
 import llada_helpers as H
 from beyond import decoding, film
-from beyond.vocabulary import multiplications
+from beyond.budget import BACKWARD, forward_flop
 from llada_helpers import generate_ar, reverse_process
-
-BACKWARD = 3  # a forward and a backward pass cost as much as three forward passes (Kaplan et al. 2020, arXiv:2001.08361)
 
 
 class Machine(NamedTuple):
@@ -62,19 +60,6 @@ MACHINES = (
 )
 # PyTorch's operators in an eager forward pass, views aside: in each layer, and in embedding, head and the sampler around them.
 LAYER_KERNELS, OTHER_KERNELS = 46, 70
-
-
-def forward_flop(config: H.ModelConfig, length: int, keys: int) -> int:
-    """Floating-point operations of a forward pass over `length` tokens of one sequence, which attend to `keys` tokens.
-
-    Two for each multiplication, per layer 12 n_embd^2 in matrices and 2 keys n_embd in attention; the head. Nothing is halved for
-    causal attention.
-
-    >>> config = H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8)
-    >>> forward_flop(config, length=6, keys=6), forward_flop(config, length=1, keys=6)
-    (11328, 1888)
-    """
-    return 2 * length * multiplications(replace(config, seq_len=keys))
 
 
 @dataclass

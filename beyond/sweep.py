@@ -91,14 +91,9 @@ def write(models: dict, setting: Setting, template: Tensor, generator: torch.Gen
     >>> [write(models, Setting(name, 4, 1.0, 0.8), template).nfe for name in ("AR", "entropy")]
     [4, 4]
     """
+    model, strategy = models["AR" if setting.decoder == "AR" else "LLaDA"], STRATEGIES.get(setting.decoder)
     options = {"temperature": setting.temperature, "top_p": setting.top_p, "generator": generator}
-    special = (H.PAD_ID, H.START_ID, H.END_ID)
-    if setting.decoder == "AR":
-        given = int((template[0] != H.MASK_ID).sum())
-        options |= {"start_id": H.START_ID, "forbidden": (H.MASK_ID, *special)}
-        return H.generate_ar(models["AR"], template[:, :given], template.shape[1] - given, **options)
-    options |= {"steps": setting.passes, "remasking": STRATEGIES[setting.decoder], "forbidden": special}
-    return H.reverse_process(models["LLaDA"], template, mask_id=H.MASK_ID, **options)
+    return quality.write(model, template, steps=setting.passes, remasking=strategy, **options)
 
 
 def sweep(models: dict, measure: quality.Measure, windows: Tensor, sizes: Sweep) -> pd.DataFrame:

@@ -70,7 +70,7 @@ def test_measure_is_that_of_part_8(in_folder):
     nats = h.nelbo(model, windows, h.MASK_ID, n_samples=SMOKE.nelbo_samples, maskable=real, generator=seeded)
     assert row["nats/char"] == h.per_character(nats, real.sum(dim=1))[0]
     _, template = quality.prompts(windows, SMOKE.texts)
-    made = budget.write(model, template, torch.Generator().manual_seed(0))
+    made = quality.write(model, template, temperature=1.0, generator=torch.Generator().manual_seed(0))
     judge = h.ngram_judge(TEXT[: len(TRAIN)])
     each = [judge(TOKENIZER.decode(ids), quality.PREFIX) for ids in made.ids]
     assert row["judge nats/char"] == pytest.approx(np.mean(each)) and row["sample"].startswith("to be")
@@ -101,7 +101,7 @@ def test_written_texts_keep_their_prompts_and_have_no_special_tokens():
     template = torch.cat((torch.full((3, 2), 5), torch.full((3, 6), h.MASK_ID)), dim=1)
     for causal in (False, True):
         model = h.Transformer(h.ModelConfig(9, 8, n_layer=1, n_head=1, n_embd=8, causal=causal))
-        made = budget.write(model, template, torch.Generator().manual_seed(0))
+        made = quality.write(model, template, temperature=1.0, generator=torch.Generator().manual_seed(0))
         assert made.nfe == 6 and (made.ids[:, :2] == 5).all() and (made.ids >= 4).all()
 
 

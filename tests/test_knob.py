@@ -68,7 +68,7 @@ def test_written_texts_take_the_passes_they_are_given_and_keep_their_prompts(kin
 def test_one_by_one_ar_and_llada_write_as_in_the_other_studies(kind):
     model, template = model_of(kind), template_of(4)
     ours = knob.fill(model, template, knob.block_length_of(model), 1.0, seeded(5))
-    theirs = budget.write(model, template, seeded(5))
+    theirs = quality.write(model, template, temperature=1.0, generator=seeded(5))
     assert torch.equal(ours.ids, theirs.ids) and ours.nfe == theirs.nfe == 48
 
 
@@ -80,7 +80,7 @@ def test_blocks_are_filled_as_without_a_cache(temperature, remasking):
     ours = knob.fill(model, template, 4, temperature, seeded(2))
     hook.remove()
     assert len(looked_at) == ours.nfe and max(looked_at) <= 16
-    options = {"temperature": temperature, "remasking": remasking, "forbidden": knob.SPECIAL, "generator": seeded(2)}
+    options = {"temperature": temperature, "remasking": remasking, "forbidden": quality.SPECIAL, "generator": seeded(2)}
     plain = blocks.generate_blocks(model, template, mask_id=h.MASK_ID, block_length=8, steps_per_block=4, **options)
     assert torch.equal(ours.ids, plain.ids) and torch.equal(ours.order, plain.order) and ours.nfe == plain.nfe
 
