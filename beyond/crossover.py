@@ -1,19 +1,47 @@
-"""Little text, many epochs: where the masked diffusion model overtakes the autoregressive one."""
+"""Little text, many epochs: where does the masked diffusion model overtake the autoregressive one?
 
-from dataclasses import dataclass
+Both are trained on the first so many characters, each number of epochs being a training of its own with its own decay, since the
+decay is what brings a long training's loss down. Which regularisation, which number of epochs and which checkpoint is best is
+chosen on the first half of the validation text; all are scored on the second half, so that no number profits from being chosen.
+"""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pandas as pd
 from torch import Tensor
 
 import llada_helpers as H
+from beyond.seeds import over_seeds
+
+SCORED = 4  # times as many windows are scored as are chosen by: to rank takes fewer, and training pays for them at every look
+
+
+class Kind(NamedTuple):
+    """A model and its regularisation.
+
+    >>> Kind("AR", dropout=0.5, weight_decay=0.1).name
+    'AR, dropout 0.5, weight decay 0.1'
+    """
+
+    model: str  # "LLaDA" or "AR"
+    dropout: float = 0.0
+    weight_decay: float = 0.0
+
+    @property
+    def name(self) -> str:
+        regularised = f", dropout {self.dropout}, weight decay {self.weight_decay}"
+        return self.model + regularised * bool(self.dropout or self.weight_decay)
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """Sizes of the data-constrained experiment: each length of training text x each number of steps.
+    """Sizes of the experiment: each length of training text x each kind of model x each number of epochs on its ladder.
 
-    >>> sizes = Crossover(64, 2, 2, 32, 16, characters=(1_000, 4_000), steps=(10, 40))
-    >>> sizes.batch_size * sizes.seq_len * sizes.steps[1] / sizes.characters[0]  # most epochs
-    40.96
+    >>> sizes = Crossover(64, 2, 2, 32, batch_size=16, characters=(1_000, 4_000), ladders={Kind("AR"): (10, 40)})
+    >>> sizes.steps(4_000, 40)  # of 1,024 characters
+    156
     """
 
     seq_len: int
@@ -22,32 +50,144 @@ class Crossover:
     n_embd: int
     batch_size: int
     characters: tuple[int, ...]
-    steps: tuple[int, ...]
+    ladders: dict[Kind, tuple[int, ...]]
+    seeds: int = 3
+    windows: int = 256  # that checkpoints are chosen by
+
+    def steps(self, characters: int, epochs: int) -> int:
+        """How many steps read that many characters so often."""
+        return max(1, round(epochs * characters / (self.batch_size * self.seq_len)))
 
 
-SMALL = Crossover(64, 2, 2, 32, 16, (400, 800, 1_600), (10, 40))
-_CPU = Crossover(64, 3, 2, 64, 16, (10_000, 20_000, 40_000), (400, 800, 1_600))
-SIZES = {  # the notebook's short form and the full one
-    "smoke": (SMALL, SMALL),
-    "cpu": (SMALL, _CPU),
-    "cpu_long": (SMALL, _CPU),
-    "gpu": (SMALL, Crossover(256, 6, 6, 384, 64, (80_000, 320_000, 892_315), (2_700, 10_900, 54_000))),
-}
+PLAIN, REGULARISED = Kind("LLaDA"), Kind("LLaDA", 0.1, 0.1)
+AR = [Kind("AR"), *(Kind("AR", dropout, decay) for dropout in (0.2, 0.5) for decay in (0.1, 0.3))]
+_FEW = {PLAIN: (10, 40), REGULARISED: (10, 40), AR[0]: (10,), AR[1]: (10,)}
+SMALL = Crossover(64, 2, 2, 32, 16, (400, 1_600), _FEW, seeds=2, windows=32)
+# In trials on 10,000 characters plain LLaDA was best between 100 and 600 epochs, AR of every kind between 20 and 160.
+_MANY = {PLAIN: (125, 500), REGULARISED: (125, 500, 2_000), **{kind: (20, 40, 80, 160) for kind in AR}}
+_CPU = Crossover(64, 3, 2, 64, 16, (5_000, 10_000, 20_000), _MANY)
+_GPU = Crossover(256, 6, 6, 384, 64, (80_000, 320_000), _MANY)
+SIZES = {"smoke": (SMALL, SMALL), "cpu": (SMALL, _CPU), "cpu_long": (SMALL, _CPU), "gpu": (SMALL, _GPU)}  # short form, full one
 
 
 def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
-    """LLaDA, AR and regularised AR on the first so many characters, for so many steps, each with its own decay.
+    """A row for each length of text, kind and number of epochs, a training for each seed.
+
+    Validated on, and so chosen by, is the first half of `val_ids` LongTensor[n]; the other half is left to `crossover_measure`.
 
     >>> import torch
     >>> ids = torch.arange(4, 30)
-    >>> list(crossover_jobs(SMALL, 30, ids, ids))[2]  # 3 lengths x 2 numbers of steps x 3 kinds
-    'AR, regularised, 400 characters, 10 steps'
+    >>> jobs = crossover_jobs(SMALL, 30, ids, ids)
+    >>> list(jobs)[3], [job.train.seed for job in jobs["AR, 400 characters, 10 epochs"]]
+    ('LLaDA, dropout 0.1, weight decay 0.1, 400 characters, 40 epochs', [0, 1])
     """
-    jobs, kinds = {}, {"LLaDA": (False, 0.0, 0.0), "AR": (True, 0.0, 0.0), "AR, regularised": (True, 0.2, 0.1)}
+    jobs, (choosing_ids, _) = {}, H.split(val_ids, 0.5)
     for count in sizes.characters:
-        for steps in sizes.steps:
-            for kind, (causal, dropout, decay) in kinds.items():
-                config = H.TrainConfig(steps, sizes.batch_size, weight_decay=decay, evals=min(10, steps // 10), eval_windows=256)
-                shape = H.ModelConfig(vocab_size, sizes.seq_len, sizes.n_layer, sizes.n_head, sizes.n_embd, dropout, causal)
-                jobs[f"{kind}, {count:,} characters, {steps:,} steps"] = [H.Job(shape, config, train_ids[:count], val_ids)]
+        for kind, ladder in sizes.ladders.items():
+            shape = (vocab_size, sizes.seq_len, sizes.n_layer, sizes.n_head, sizes.n_embd)
+            model = H.ModelConfig(*shape, kind.dropout, causal=kind.model == "AR")
+            for epochs in ladder:
+                steps = sizes.steps(count, epochs)
+                options = {"evals": min(20, max(1, steps // 10)), "eval_windows": sizes.windows}
+                config = H.TrainConfig(steps, sizes.batch_size, weight_decay=kind.weight_decay, **options)
+                trainings = [replace(config, seed=seed) for seed in range(sizes.seeds)]
+                row = f"{kind.name}, {count:,} characters, {epochs:,} epochs"
+                jobs[row] = [H.Job(model, training, train_ids[:count], choosing_ids) for training in trainings]
     return jobs
+
+
+def last_model(job: H.Job, run: H.Run) -> H.Transformer:
+    """The model at the end of a training, whose `run.model` is the best one; in evaluation mode, on the same device.
+
+    ValueError: the state that the training left behind is not there, damaged, or of another job.
+
+    >>> import tempfile, torch
+    >>> ids = torch.arange(4, 10).repeat(20)
+    >>> job = H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(steps=1, batch_size=2, evals=1), ids, ids)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = H.train("demo", job, root=folder, quiet=True)
+    ...     last = last_model(job, run)
+    >>> torch.equal(last.head.weight, run.model.head.weight)  # validated once, at the end
+    True
+    """
+    state = run.path.parents[1] / "checkpoints" / run.path.name / "last.state"
+    if not state.exists():
+        raise ValueError(f"there is no {state}; train the run again (LLADA_RETRAIN=1) and keep its checkpoints")
+    model = job.architecture(job.model)
+    H.load_state(state, job.fingerprint(), model, H.make_optimizer(model, job.train))
+    return model.to(next(run.model.parameters()).device).eval()
+
+
+def crossover_measure(text: str) -> Callable[[H.Job, H.Run], dict]:
+    """What `run_jobs` adds to a row: model and kind, and both checkpoints, "best" and "end" of training, on two texts.
+
+    "best, chosen by" and "end, chosen by" are the validation losses; "best, seed 0" and so on are each training's nats per
+    character of the validation text's second half, as is "nats/char", of the best checkpoint. LLaDA's are bounds, AR's exact.
+
+    >>> import tempfile
+    >>> text = "to be, or not to be " * 40
+    >>> tokenizer = H.CharTokenizer.from_text(text)
+    >>> sizes = replace(SMALL, characters=(64,), ladders={Kind("AR"): (16,)})
+    >>> (_, (job, *_)), = crossover_jobs(sizes, tokenizer.vocab_size, *H.split(tokenizer.encode(text))).items()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     line = crossover_measure(text)(job, H.train("demo", job, root=folder, quiet=True))
+    >>> line["kind"], line["nats/char"] == line["best, seed 0"] == line["end, seed 0"]  # after the only step
+    ('AR', True)
+    """
+    _, val_ids = H.split(H.CharTokenizer.from_text(text).encode(text))
+    _, scoring_ids = H.split(val_ids, 0.5)
+
+    def measure(job: H.Job, run: H.Run) -> dict:
+        kind = Kind("AR" if job.model.causal else "LLaDA", job.model.dropout, job.train.weight_decay)
+        config = replace(job.train, eval_windows=SCORED * job.train.eval_windows)
+        scoring = replace(job, train=config, val_ids=scoring_ids)
+        windows = scoring.validation_sequences()
+        checkpoints = {
+            "best": (run.model, run.summary["best"]),
+            "end": (last_model(job, run), run.metrics["val_loss"].iloc[-1]),
+        }
+        line = {"model": kind.model, "kind": kind.name}
+        for checkpoint, (model, chosen_by) in checkpoints.items():
+            nats = scoring.validation_nats(model, windows).cpu()
+            score, interval = H.per_character(nats, scoring.learned(windows).sum(dim=1))
+            line |= {f"{checkpoint}, chosen by": chosen_by, f"{checkpoint}, seed {job.train.seed}": score}
+            if checkpoint == "best":
+                line |= {"nats/char": score, "95% ±": interval}
+        return line
+
+    return measure
+
+
+def crossover_best(table: pd.DataFrame) -> pd.DataFrame:
+    """For each number of characters and each checkpoint the LLaDA and the AR chosen, their scores, and their difference.
+
+    Chosen is the row with the lowest mean over seeds on the first half of the validation text; scores are nats per character
+    of the second half, intervals 95% over seeds (Student's t): they say how trainings differ, not how texts do. The difference
+    is paired, since a seed means the same first weights and the same windows to train on for both models. Below 0 LLaDA is
+    ahead: its bound is below AR's exact value.
+
+    Args:
+        table: what `run_jobs` made of `crossover_jobs` with `crossover_measure`. ValueError: it lacks one of the two models.
+
+    >>> line = {"characters": 100, "best, chosen by": 1.0, "end, chosen by": 1.0, "epochs": 8.0}
+    >>> scores = {"LLaDA": (1.9, 2.1, 2.0), "AR": (2.0, 2.3, 2.1)}
+    >>> seeds = {name: {f"{c}, seed {i}": x for c in ("best", "end") for i, x in enumerate(row)} for name, row in scores.items()}
+    >>> best = crossover_best(pd.DataFrame([{"model": name, "kind": name, **line, **row} for name, row in seeds.items()]))
+    >>> best["row"][0], best.loc[0, ["LLaDA", "LLaDA − AR", "LLaDA − AR ±"]].astype(float).round(3).tolist()
+    ('100 characters, best', [2.0, -0.133, 0.143])
+    """
+    lines = []
+    for characters, some in table.groupby("characters"):
+        for checkpoint in ("best", "end"):
+            line, scores = {"row": f"{characters:,} characters, {checkpoint}", "characters": characters}, {}
+            for model in ("LLaDA", "AR"):
+                part = some[some["model"] == model]
+                if part.empty:
+                    raise ValueError(f"no {model} on {characters:,} characters; pass the table of the whole suite")
+                chosen = part.loc[[part[f"{checkpoint}, chosen by"].idxmin()]]
+                scores[model] = chosen.filter(regex=f"^{checkpoint}, seed ").iloc[0]
+                line |= {model: scores[model].mean(), f"{model} ±": over_seeds(scores[model])}
+                line |= {f"{model}, kind": chosen["kind"].item(), f"{model}, epochs": chosen["epochs"].item()}
+            difference = scores["LLaDA"] - scores["AR"]
+            lines.append(line | {"LLaDA − AR": difference.mean(), "LLaDA − AR ±": over_seeds(difference)})
+    return pd.DataFrame(lines)

@@ -23,10 +23,10 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond import ablations, blocks, budget, crossover, knob, quality, recipe, schedule, sweep, tuning, vocabulary
+from beyond.seeds import over_seeds
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, 97.5%, for 2 to 8 seeds
 
 
 def characters(sequences: Tensor, learned: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -37,18 +37,6 @@ def characters(sequences: Tensor, learned: Tensor, lengths: Tensor | None = None
     ([2], [4])
     """
     return (learned if lengths is None else lengths[sequences] * learned).sum(dim=1)
-
-
-def over_seeds(values: list[float]) -> float:
-    """Half-width of the 95% interval of a mean over seeds (Student's t; more than 8 seeds: a little too wide); NaN for one.
-
-    >>> round(over_seeds([1.0, 2.0, 3.0]), 3), over_seeds([1.0])
-    (2.484, nan)
-    """
-    if len(values) < 2:
-        return float("nan")
-    quantile = T_QUANTILES[min(len(values), len(T_QUANTILES) + 1) - 2]
-    return float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 class Row(NamedTuple):
@@ -228,6 +216,7 @@ SUITES = {
         "LLaDA against AR on little text, for many epochs",
         crossover.SIZES,
         lambda preset, size, text, data: (crossover.crossover_jobs(size, *data), None),
+        lambda preset, text: crossover.crossover_measure(text),
     ),
     "recipe": Suite(
         "the MDLM tutorial's recipe beside ours",

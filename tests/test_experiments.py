@@ -19,8 +19,9 @@ from torch import nn
 
 import llada_helpers as h
 from beyond import ablations, blocks, crossover, experiments, losses, recipe, schedule, vocabulary
-from beyond.experiments import experiment, main, over_seeds, run_jobs, suite
+from beyond.experiments import experiment, main, run_jobs, suite
 from beyond.schedule import POWERS, gradient_moment, implied_power
+from beyond.seeds import over_seeds
 
 POLYNOMIALS = {f.__name__: (f, power) for power in (0.5, *POWERS) for f in [losses.polynomial(power)]}
 UNIFORM = (losses.uniform_times, losses.independent_times, losses.one_time_per_batch, losses.complementary_masks)
@@ -410,7 +411,7 @@ def test_jobs_of_every_preset(preset):
             assert not any(job.batch_function is h.next_token_batch for trials in rows.values() for job in trials)
         sizes = crossover.SIZES[preset.name][form]
         suites["crossover"] = crossover.crossover_jobs(sizes, 69, ids, ids)
-        assert len(suites["crossover"]) == 3 * len(sizes.characters) * len(sizes.steps)
+        assert len(suites["crossover"]) == len(sizes.characters) * sum(map(len, sizes.ladders.values()))
         assert all(f"{trials[0].train_ids.numel():,} characters" in row for row, trials in suites["crossover"].items())
         suites["recipe"] = recipe.recipe_jobs(preset, recipe.SIZES[preset.name][form], 69, ids, ids)
         assert suites["recipe"]["MDLM tutorial's recipe"][0].architecture is recipe.PostNormEncoder
@@ -504,7 +505,9 @@ def tiny(tmp_path, monkeypatch):
     """The smoke preset, shrunk, and a short text."""
     (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 8)
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "text.txt"))
-    config, sizes = h.TrainConfig(2, 2, evals=1, eval_windows=2), crossover.Crossover(8, 1, 1, 8, 2, (50,), (10,))
+    config = h.TrainConfig(2, 2, evals=1, eval_windows=2)
+    ladders = {crossover.PLAIN: (1,), crossover.REGULARISED: (1, 2), crossover.AR[1]: (1,)}
+    sizes = crossover.Crossover(8, 1, 1, 8, 2, (50,), ladders, seeds=2, windows=2)
     changes = {"seq_len": 8, "n_layer": 1, "n_head": 1, "n_embd": 8, "llada": config, "ar": config}
     monkeypatch.setitem(h.PRESETS, "smoke", dataclasses.replace(h.PRESETS["smoke"], **changes))
     for room in (ablations, blocks, schedule, vocabulary):
@@ -535,7 +538,8 @@ def test_train_from_the_command_line(tiny, capsys, model):
     [
         ("ablations", "^ours", ablations.OURS),
         ("ablate", "AdamW", "AdamW only"),
-        ("crossover", "^AR,.*50", "AR, 50 characters, 10 steps"),
+        ("blocks", "= 4, half", "L' = 4, half the steps"),
+        ("crossover", "^AR.*50", "AR, dropout 0.2, weight decay 0.1, 50 characters, 1 epochs"),
         ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),
         ("schedule_full", str(h.POWER), f"t = u^{h.POWER}"),
