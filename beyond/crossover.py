@@ -61,7 +61,7 @@ class Crossover:
 
 PLAIN, REGULARISED = Kind("LLaDA"), Kind("LLaDA", 0.1, 0.1)
 AR = [Kind("AR"), *(Kind("AR", dropout, decay) for dropout in (0.2, 0.5) for decay in (0.1, 0.3))]
-_FEW = {PLAIN: (10, 40), REGULARISED: (10, 40), AR[0]: (10,), AR[1]: (10,)}
+_FEW = dict.fromkeys((PLAIN, REGULARISED, *AR[:2]), (10, 40))
 SMALL = Crossover(64, 2, 2, 32, 16, (400, 1_600), _FEW, seeds=2, windows=32)
 # In trials on 10,000 characters plain LLaDA was best between 100 and 600 epochs, AR of every kind between 20 and 160.
 _MANY = {PLAIN: (125, 500), REGULARISED: (125, 500, 2_000), **{kind: (20, 40, 80, 160) for kind in AR}}
