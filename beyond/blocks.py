@@ -26,12 +26,13 @@ from llada_helpers import MaskPredictor
 BlockPredictor = Callable[[Tensor], Tensor]
 LENGTHS = (1, 2, 4, 8, 16, 32)
 WHOLE = (1, 4, 16)  # those also trained for as many steps as LLaDA, at more than twice its compute
-_LITTLE = (H.TrainConfig(40, 16, evals=1), H.TrainConfig(600, 16, evals=4))
-SIZES = {  # the notebook's short form and the full one
-    "smoke": (H.TrainConfig(10, 16, evals=1, eval_windows=32), H.TrainConfig(20, 16, evals=1, eval_windows=32)),
-    "cpu": _LITTLE,
-    "cpu_long": _LITTLE,
-    "gpu": (H.TrainConfig(100, 64, evals=1), H.TrainConfig(3000, 64, adamw_lr=2e-3, evals=10)),
+_SHORT = ("smoke", H.TrainConfig(10, 16, evals=1, eval_windows=32))
+_CPU = ("cpu", H.TrainConfig(600, 16, evals=4))
+SIZES = {  # the notebook's short form and the full one: whose model, and how it is trained
+    "smoke": (_SHORT, ("smoke", H.TrainConfig(20, 16, evals=1, eval_windows=32))),
+    "cpu": (_SHORT, _CPU),
+    "cpu_long": (_SHORT, _CPU),
+    "gpu": (_SHORT, ("gpu", H.TrainConfig(3000, 64, adamw_lr=2e-3, evals=10))),
 }
 
 
@@ -348,7 +349,7 @@ class BlockJob(H.Job):
 
 
 def block_jobs(
-    preset: H.Preset, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor
+    preset: str, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor
 ) -> dict[str, list[H.Job]]:
     """LLaDA in the first row, AR, and block diffusion for every L' below the window, of equal parameters; two seeds each.
 
@@ -357,11 +358,11 @@ def block_jobs(
     half, and is LLaDA with exactly l masks.
 
     >>> ids = torch.arange(4, 30)
-    >>> jobs = block_jobs(H.PRESETS["smoke"], SIZES["smoke"][1], 30, ids, ids)
+    >>> jobs = block_jobs(*SIZES["smoke"][1], 30, ids, ids)
     >>> list(jobs)[:5], list(jobs)[-1], [jobs[row][0].train.steps for row in list(jobs)[2:4]]
     (['LLaDA', 'AR', "L' = 1, half the steps", "L' = 1", "L' = 2, half the steps"], "L' = 64", [10, 20])
     """
-    shape, data = preset.model(vocab_size, causal=False), (train_ids, val_ids)
+    shape, data = H.PRESETS[preset].model(vocab_size, causal=False), (train_ids, val_ids)
     whole = [replace(config, seed=seed) for seed in (0, 1)]
     half = [replace(c, steps=max(1, c.steps // 2)) for c in whole]
     jobs = {name: [H.Job(replace(shape, causal=name == "AR"), c, *data) for c in whole] for name in ("LLaDA", "AR")}

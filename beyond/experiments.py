@@ -209,7 +209,7 @@ SUITES = {
     "blocks": Suite(
         "block diffusion between AR and LLaDA, at equal steps and at equal compute",
         blocks.SIZES,
-        lambda preset, size, text, data: (blocks.block_jobs(preset, size, *data), None),
+        lambda preset, size, text, data: (blocks.block_jobs(*size, *data), None),
         knob.knob_measure,
     ),
     "crossover": Suite(

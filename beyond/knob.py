@@ -122,8 +122,9 @@ def infilled(model: H.Transformer, truth: Tensor, hole: slice) -> list[bool]:
 def knob_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
     """What `run_jobs` adds to a row: L', nats per character of the whole validation text, blanks filled, and scores of texts.
 
-    Texts are continued at temperature 1, from the prompts of `quality.prompts`; columns such as "judge nats/char (L'/2)" say with
-    how many passes per block (see `passes`; `written` makes lines of them). "passes" are those of a whole text.
+    The preset says how many windows, the model how long they are. Texts are continued at temperature 1, from the prompts of
+    `quality.prompts`; columns such as "judge nats/char (L'/2)" say with how many passes per block (see `passes`; `written` makes
+    lines of them). "passes" are those of a whole text.
 
     >>> text = "to be, or not to be " * 40
     >>> tokenizer = H.CharTokenizer.from_text(text)
@@ -137,11 +138,11 @@ def knob_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, val_ids = H.split(tokenizer.encode(text))
     scores = quality.TextMeasure(tokenizer, text[: len(train_ids)])
-    windows = H.windows(val_ids, preset.seq_len)
-    _, template = quality.prompts(windows, preset.texts)
-    truth, hole = blanks(windows, preset.blanks)
 
     def measure(job: H.Job, run: H.Run) -> dict:
+        windows = H.windows(val_ids, run.model.config.seq_len)
+        _, template = quality.prompts(windows, preset.texts)
+        truth, hole = blanks(windows, preset.blanks)
         nats, interval = H.per_character(*validation_nats(run.model, val_ids, preset.nelbo_samples))
         rate, margin = H.share(infilled(run.model, truth, hole))
         length = block_length_of(run.model)

@@ -367,15 +367,15 @@ def test_training_lowers_the_bound_and_is_scored_by_it(tmp_path, block_length):
     assert type(run.model) is b.block_diffusion(block_length)
 
 
-@pytest.mark.parametrize("preset", h.PRESETS.values(), ids=h.PRESETS)
+@pytest.mark.parametrize("preset", h.PRESETS)
 def test_rows_of_the_suite(preset):
     """Equal parameters, another training in each row; half the steps for every L' that passes both halves, all for some."""
     ids = torch.full((2000,), 5)
-    for config in b.SIZES[preset.name]:
-        rows = b.block_jobs(preset, config, 30, ids, ids)
+    for whose, config in b.SIZES[preset]:
+        rows, seq_len = b.block_jobs(whose, config, 30, ids, ids), h.PRESETS[whose].seq_len
         marks = [job.fingerprint() for trials in rows.values() for job in trials]
         assert len(set(marks)) == len(marks) == 2 * len(rows) == 2 * (2 + len(b.LENGTHS) + len(b.WHOLE) + 1)
-        assert {f"L' = {n}, half the steps" for n in b.LENGTHS} | {f"L' = {n}" for n in (*b.WHOLE, preset.seq_len)} < set(rows)
+        assert {f"L' = {n}, half the steps" for n in b.LENGTHS} | {f"L' = {n}" for n in (*b.WHOLE, seq_len)} < set(rows)
         for row, trials in rows.items():
             steps = config.steps // 2 if row.endswith("half the steps") else config.steps
             assert [(job.train.steps, job.train.seed) for job in trials] == [(steps, 0), (steps, 1)]

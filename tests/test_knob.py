@@ -197,7 +197,7 @@ def run_of(kind):
 def test_measure_is_of_these_texts_and_blanks(kind):
     run = run_of(kind)
     row = knob.knob_measure(SMOKE, TEXT)(None, run)
-    windows, length = h.windows(VAL, SMOKE.seq_len), knob.block_length_of(run.model)
+    windows, length = h.windows(VAL, run.model.config.seq_len), knob.block_length_of(run.model)
     assert row["block length"] == length
     assert (row["nats/char"], row["95% ±"]) == h.per_character(*knob.validation_nats(run.model, VAL, SMOKE.nelbo_samples))
     assert (row["infilled"], row["infilled ±"]) == h.share(knob.infilled(run.model, *knob.blanks(windows, SMOKE.blanks)))
@@ -216,7 +216,7 @@ def test_measure_is_of_these_texts_and_blanks(kind):
 
 def test_suite_from_the_command_line_and_its_lines(in_folder, monkeypatch, capsys):
     """Few lengths, two steps: every row with its columns, a line for each number of passes, and the race."""
-    short = h.TrainConfig(2, 2, evals=1, eval_windows=2)
+    short = ("smoke", h.TrainConfig(2, 2, evals=1, eval_windows=2))
     monkeypatch.setattr(blocks, "LENGTHS", (1, 4))
     monkeypatch.setitem(blocks.SIZES, "smoke", (short, short))
     monkeypatch.setitem(h.PRESETS, "smoke", replace(SMOKE, texts=8, blanks=4, n_layer=1, n_embd=8))

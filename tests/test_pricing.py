@@ -15,7 +15,7 @@ from notebooks import BEYOND, CORPUS, MAIN, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llada_helpers as H
-from beyond import decoding, pricing
+from beyond import blocks, decoding, knob, pricing
 
 SHAPE = H.ModelConfig(vocab_size=9, seq_len=24, n_layer=2, n_head=1, n_embd=8)
 ASKED = []  # (rows, length, keys) of every forward pass of `Recorded`
@@ -152,6 +152,41 @@ def test_training_is_three_forward_passes_a_step_and_its_validations(causal, tmp
     assert spent.characters == before, "it would be loaded"
     meter.train("another", replace(job, train=replace(job.train, seed=1)))
     assert spent.characters == 2 * before
+
+
+@pytest.mark.parametrize("block_length", [1, 4, 24])
+def test_block_diffusion_is_charged_for_both_halves(block_length, tmp_path, meter):
+    """Training, validation, the bound and writing with the exact cache, beside what the real one is asked."""
+    asked, forward, ids = [], blocks.BlockDiffusion.forward, torch.arange(4, 9).repeat(20)
+    template = torch.full((3, 24), H.MASK_ID)
+    template[:, :7] = 5
+
+    def recorded(self, ids, cache=None, start=0):
+        logits = forward(self, ids, cache, start)
+        halves = ids.ndim - 1 if ids.shape[-1] > self.block_length else 1
+        asked.append((len(ids), halves * ids.shape[-1], halves * ids.shape[-1] if cache is None else cache.length))
+        return logits
+
+    def everything() -> None:
+        kind = blocks.block_diffusion(block_length)
+        job = blocks.BlockJob(SHAPE, H.TrainConfig(5, 4, evals=2, eval_windows=3), ids, ids, architecture=kind)
+        model = H.train("blocks", job, root=tmp_path, quiet=True).model
+        assert type(model).__name__ == f"BlockDiffusion_{block_length}"
+        blocks.block_nelbo(model, template[:2, :9], H.MASK_ID, block_length=block_length, n_samples=3)
+        for passes in (1, 2):
+            knob.fill(model, template, passes, 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks.BlockDiffusion, "forward", recorded)
+        everything()
+    with pricing._metered(meter, H.PRESETS["smoke"], "a text"):
+        everything()
+    spent = meter.spent[""]
+    trained = 4 * 24 * (1 if block_length == 24 else 2)
+    assert spent.passes == len(asked) and spent.characters == sum(rows * length for rows, length, _ in asked)
+    assert spent.training == 3 * 5 * pricing.forward_flop(SHAPE, trained, trained // 4)
+    flop = sum(rows * pricing.forward_flop(SHAPE, length, keys) for rows, length, keys in asked)
+    assert spent.evaluation + spent.training / 3 == flop
 
 
 def test_a_pass_with_gradients_costs_three(meter):
