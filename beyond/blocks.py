@@ -348,9 +348,7 @@ class BlockJob(H.Job):
         return block_nelbo(model, sequences, H.MASK_ID, block_length=self.architecture.block_length, n_samples=4, **options)
 
 
-def block_jobs(
-    preset: str, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor
-) -> dict[str, list[H.Job]]:
+def block_jobs(preset: str, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
     """LLaDA in the first row, AR, and block diffusion for every L' below the window, of equal parameters; two seeds each.
 
     A pass over both halves costs a little more than two (2.25 at 5 x 128 and a window of 128). So each L' is trained for half

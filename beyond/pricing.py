@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import beyond
 import llada_helpers as H
-from beyond import blocks, decoding, film
+from beyond import blocks, crossover, decoding, film
 from beyond.budget import BACKWARD, forward_flop
 from llada_helpers import generate_ar, reverse_process
 
@@ -231,6 +231,7 @@ def _metered(meter: Meter, preset: H.Preset, text: str) -> Iterator[None]:
     patches.append(patch.object(decoding, "cached", lambda model, template, *rest: cached(model, template[:1], *rest)))
     kinds = functools.cache(blocks.block_diffusion.__wrapped__)  # no class of the real one is met again
     patches.append(patch.multiple(blocks, BlockDiffusion=meter.blocks, block_diffusion=kinds))
+    patches.append(patch.object(crossover, "last_model", lambda job, run: run.model))
     patches.append(patch.object(film, "save_gif", lambda *args, **options: [None]))
     patches.append(patch("ipywidgets.interact_manual", lambda **choices: lambda function: function))
     patches.append(patch("IPython.display.display", lambda *things: None))

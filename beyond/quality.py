@@ -12,7 +12,7 @@ from torch import Tensor
 import llada_helpers as H
 from beyond.likelihood import low_noise_nelbo
 
-TEXTS = {"smoke": 16, "cpu": 40, "cpu_long": 40, "gpu": 48}  # per decoder, a multiple of H.GROUPS
+TEXTS = {"smoke": 16, "cpu": 40, "cpu_long": 40, "gpu": 40}  # per decoder, a multiple of H.GROUPS
 PREFIX = 16  # characters of real text to go on from
 SPECIAL = (H.PAD_ID, H.START_ID, H.END_ID)  # never to be written; [MASK] never is
 
