@@ -510,8 +510,9 @@ def tiny(tmp_path, monkeypatch):
     sizes = crossover.Crossover(8, 1, 1, 8, 2, (50,), ladders, seeds=2, windows=2)
     changes = {"seq_len": 8, "n_layer": 1, "n_head": 1, "n_embd": 8, "llada": config, "ar": config}
     monkeypatch.setitem(h.PRESETS, "smoke", dataclasses.replace(h.PRESETS["smoke"], **changes))
-    for room in (ablations, blocks, schedule, vocabulary):
+    for room in (ablations, schedule, vocabulary):
         monkeypatch.setitem(room.SIZES, "smoke", (config, config))
+    monkeypatch.setitem(blocks.SIZES, "smoke", (("smoke", config), ("smoke", config)))
     monkeypatch.setitem(experiments.SUITES["schedule_full"].sizes, "smoke", (config, config))
     monkeypatch.setitem(crossover.SIZES, "smoke", (sizes, sizes))
     monkeypatch.setitem(recipe.SIZES, "smoke", (1, 1))
@@ -538,7 +539,6 @@ def test_train_from_the_command_line(tiny, capsys, model):
     [
         ("ablations", "^ours", ablations.OURS),
         ("ablate", "AdamW", "AdamW only"),
-        ("blocks", "= 4, half", "L' = 4, half the steps"),
         ("crossover", "^AR.*50", "AR, dropout 0.2, weight decay 0.1, 50 characters, 1 epochs"),
         ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),

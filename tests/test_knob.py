@@ -262,8 +262,8 @@ def test_speeds_have_every_setting_in_every_batch():
 
 
 def test_the_fastest_round_counts_and_slow_settings_have_fewer(monkeypatch):
-    """A clock of our own: AR takes 0.5, 0.2 and 0.3 s; blocks of 4 take 1.5 s and have no second round."""
-    now, left, asked = [0.0], {1: [0.5, 0.2, 0.3], 4: [1.5, 0.1, 0.1]}, []
+    """A clock of our own: AR takes 0.3, 0.1 and 0.2 s; blocks of 4 take 0.6 s and have no second round."""
+    now, left, asked = [0.0], {1: [0.3, 0.1, 0.2], 4: [0.6, 0.1, 0.1]}, []
 
     def fill(model, template, passes_per_block, temperature):
         length = knob.block_length_of(model)
@@ -274,7 +274,7 @@ def test_the_fastest_round_counts_and_slow_settings_have_fewer(monkeypatch):
     monkeypatch.setattr(knob, "fill", fill)
     monkeypatch.setattr(knob.time, "perf_counter", lambda: now[0])
     table = knob.speeds(SHAPE, [(4, 2)], batches=(3,), rounds=3)
-    assert table["tokens/s"].tolist() == [round(3 * 48 / 0.2), round(3 * 48 / 1.5)] and table["passes"].tolist() == [7, 7]
+    assert table["tokens/s"].tolist() == [round(3 * 48 / 0.1), round(3 * 48 / 0.6)] and table["passes"].tolist() == [7, 7]
     assert asked == [(1, 1, (3, 64), 144, 1.0), (4, 2, (3, 64), 144, 1.0), *[(1, 1, (3, 64), 144, 1.0)] * 2]
 
 
