@@ -348,7 +348,9 @@ class BlockJob(H.Job):
         return block_nelbo(model, sequences, H.MASK_ID, block_length=self.architecture.block_length, n_samples=4, **options)
 
 
-def block_jobs(preset: str, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
+def block_jobs(
+    preset: H.Preset, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor
+) -> dict[str, list[H.Job]]:
     """LLaDA in the first row, AR, and block diffusion for every L' below the window, of equal parameters; two seeds each.
 
     A pass over both halves costs a little more than two (2.25 at 5 x 128 and a window of 128). So each L' is trained for half
@@ -356,11 +358,11 @@ def block_jobs(preset: str, config: H.TrainConfig, vocab_size: int, train_ids: T
     half, and is LLaDA with exactly l masks.
 
     >>> ids = torch.arange(4, 30)
-    >>> jobs = block_jobs(*SIZES["smoke"][1], 30, ids, ids)
+    >>> jobs = block_jobs(H.PRESETS["smoke"], SIZES["smoke"][1][1], 30, ids, ids)
     >>> list(jobs)[:5], list(jobs)[-1], [jobs[row][0].train.steps for row in list(jobs)[2:4]]
     (['LLaDA', 'AR', "L' = 1, half the steps", "L' = 1", "L' = 2, half the steps"], "L' = 64", [10, 20])
     """
-    shape, data = H.PRESETS[preset].model(vocab_size, causal=False), (train_ids, val_ids)
+    shape, data = preset.model(vocab_size, causal=False), (train_ids, val_ids)
     whole = [replace(config, seed=seed) for seed in (0, 1)]
     half = [replace(c, steps=max(1, c.steps // 2)) for c in whole]
     jobs = {name: [H.Job(replace(shape, causal=name == "AR"), c, *data) for c in whole] for name in ("LLaDA", "AR")}

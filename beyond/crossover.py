@@ -64,7 +64,7 @@ AR = [Kind("AR"), *(Kind("AR", dropout, decay) for dropout in (0.2, 0.5) for dec
 _FEW = dict.fromkeys((PLAIN, REGULARISED, *AR[:2]), (10, 40))
 SMALL = Crossover(64, 2, 2, 32, 16, (400, 1_600), _FEW, seeds=2, windows=32)
 _MANY = {PLAIN: (125, 500), REGULARISED: (125, 500, 2_000), **{kind: (5, 10, 25, 60, 150) for kind in AR}}
-_CPU = Crossover(64, 3, 2, 64, 16, (10_000,), _MANY)
+_CPU = Crossover(64, 3, 2, 64, 16, (5_000, 10_000, 20_000), _MANY)
 _GPU = Crossover(256, 6, 6, 384, 64, (80_000, 320_000), _MANY)
 SIZES = {"smoke": (SMALL, SMALL), "cpu": (SMALL, _CPU), "cpu_long": (SMALL, _CPU), "gpu": (SMALL, _GPU)}  # short form, full one
 

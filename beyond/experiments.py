@@ -46,6 +46,7 @@ class Row(NamedTuple):
     sequences: Tensor  # LongTensor[N, L], the windows of the validation
     learned: Tensor  # BoolTensor[N, L]
     nats: Tensor  # FloatTensor[N], the mean over seeds
+    each: list[float]  # nats per character, by seed
 
 
 Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training; its "nats/char" replaces that of validation
@@ -61,17 +62,18 @@ def _row(
     counts = characters(sequences, learned, lengths)
     nats = [job.validation_nats(run.model, sequences).cpu() for run in runs]
     each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
-    result = Row({"row": row}, [], sequences, learned, torch.stack(nats).mean(dim=0))
-    line = result.line
-    line["nats/char"], line["95% ±"] = H.per_character(result.nats, counts)
+    line, mean = {"row": row}, torch.stack(nats).mean(dim=0)
+    line["nats/char"], line["95% ±"] = H.per_character(mean, counts)
     if measure:  # what is no number is that of the first seed
         further = pd.DataFrame([measure(trial, run) for trial, run in zip(trials, runs)])
         line |= further.iloc[0].to_dict() | further.mean(numeric_only=True).to_dict()
         each = further["nats/char"].tolist()
+    result = Row(line, [], sequences, learned, mean, each)
     line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": over_seeds(each)}
     first = first or result
     if torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned):
-        line["difference"], line["difference ±"] = H.per_character(result.nats - first.nats, counts)
+        line["difference"], line["difference ±"] = H.per_character(mean - first.nats, counts)
+        line["difference over seeds ±"] = over_seeds([a - b for a, b in zip(each, first.each)])
     text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
     line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
     line["characters"] = int(characters(text, job.learned(text), lengths).sum())
@@ -104,7 +106,7 @@ def run_jobs(
 
     Each row's seeds are averaged window by window; "95% ±" is over windows. Where there are several seeds, "lowest seed",
     "highest seed" and "over seeds ±" (Student's t) say how far trainings differ. The difference to the first row is paired: the
-    same windows and masks.
+    same windows and masks, and over seeds the same seed.
 
     Args:
         results: where to write.
@@ -208,7 +210,7 @@ SUITES = {
     "blocks": Suite(
         "block diffusion between AR and LLaDA, at equal steps and at equal compute",
         blocks.SIZES,
-        lambda preset, size, text, data: (blocks.block_jobs(*size, *data), None),
+        lambda preset, size, text, data: (blocks.block_jobs(H.PRESETS[size[0]], size[1], *data), None),
         knob.knob_measure,
     ),
     "crossover": Suite(

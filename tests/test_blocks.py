@@ -372,7 +372,7 @@ def test_rows_of_the_suite(preset):
     """Equal parameters, another training in each row; half the steps for every L' that passes both halves, all for some."""
     ids = torch.full((2000,), 5)
     for whose, config in b.SIZES[preset]:
-        rows, seq_len = b.block_jobs(whose, config, 30, ids, ids), h.PRESETS[whose].seq_len
+        rows, seq_len = b.block_jobs(h.PRESETS[whose], config, 30, ids, ids), h.PRESETS[whose].seq_len
         marks = [job.fingerprint() for trials in rows.values() for job in trials]
         assert len(set(marks)) == len(marks) == 2 * len(rows) == 2 * (2 + len(b.LENGTHS) + len(b.WHOLE) + 1)
         assert {f"L' = {n}, half the steps" for n in b.LENGTHS} | {f"L' = {n}" for n in (*b.WHOLE, seq_len)} < set(rows)

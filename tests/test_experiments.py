@@ -245,12 +245,15 @@ def test_rows_of_a_table():
     sequences = job_of().validation_sequences()
     learned = h.real_tokens(sequences)
     nats = [torch.stack([job_of().validation_nats(r.model, sequences) for r in trial]).mean(0) for trial in runs]
+    ours = [run.summary["best"] for run in runs[0]]
     for (_, line), trial, mine in zip(table.iterrows(), runs, nats):
         best = [run.summary["best"] for run in trial]
         assert line["nats/char"] == pytest.approx(sum(best) / 2, abs=1e-4)
         assert (line["lowest seed"], line["highest seed"]) == pytest.approx((min(best), max(best)), abs=1e-4)
         assert line["over seeds ±"] == pytest.approx(12.706 * abs(best[0] - best[1]) / 2, abs=1e-4)
         assert line["difference"] == pytest.approx(float((mine - nats[0]).sum() / learned.sum()), abs=1e-4)
+        apart = (best[0] - ours[0]) - (best[1] - ours[1])  # seed by seed
+        assert line["difference over seeds ±"] == pytest.approx(12.706 * abs(apart) / 2, abs=1e-4)
         assert line["epochs"] == pytest.approx(4 * 32 / 200)
         assert line["fingerprint"] == "+".join(run.path.name[-12:] for run in trial)
     assert table["difference ±"][0] == 0 < table["difference ±"][1]

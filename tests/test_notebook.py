@@ -64,9 +64,9 @@ def test_links_are_good(name):
 
 
 @pytest.mark.skipif(not CORPUS, reason="needs TinyShakespeare, in shared/ or $LLADA_DATA")
-@pytest.mark.parametrize("name", ["ablations", "budget", "schedule"])
+@pytest.mark.parametrize("name", ["ablations", "blocks", "budget", "crossover", "schedule"])
 def test_committed_suites_were_made_by_the_code_as_it_is(name):
-    """What the main notebook shows from figures/tables/; `python -m beyond.experiments NAME` remakes it."""
+    """Read by the notebooks from figures/tables/; `python -m beyond.experiments NAME` remakes it."""
     table = pd.read_csv(ROOT / "figures" / "tables" / f"{name}.csv", dtype=str)
     full, _, _ = suite(name, h.PRESETS["cpu"], h.load_text(CORPUS))
     assert dict(zip(table["row"], table["fingerprint"])) == {row: suite_mark(trials) for row, trials in full.items()}
