@@ -45,8 +45,7 @@ class Row(NamedTuple):
     curves: list[pd.DataFrame]
     sequences: Tensor  # LongTensor[N, L], the windows of the validation
     learned: Tensor  # BoolTensor[N, L]
-    nats: Tensor  # FloatTensor[N], the mean over seeds
-    each: list[float]  # nats per character, by seed
+    nats: Tensor  # FloatTensor[seeds, N]
 
 
 Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training; its "nats/char" replaces that of validation
@@ -60,20 +59,21 @@ def _row(
     sequences = job.validation_sequences()
     learned = job.learned(sequences)
     counts = characters(sequences, learned, lengths)
-    nats = [job.validation_nats(run.model, sequences).cpu() for run in runs]
+    nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs])
     each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
-    line, mean = {"row": row}, torch.stack(nats).mean(dim=0)
-    line["nats/char"], line["95% ±"] = H.per_character(mean, counts)
+    result = Row({"row": row}, [], sequences, learned, nats)
+    line = result.line
+    line["nats/char"], line["95% ±"] = H.per_character(nats.mean(dim=0), counts)
     if measure:  # what is no number is that of the first seed
         further = pd.DataFrame([measure(trial, run) for trial, run in zip(trials, runs)])
         line |= further.iloc[0].to_dict() | further.mean(numeric_only=True).to_dict()
         each = further["nats/char"].tolist()
-    result = Row(line, [], sequences, learned, mean, each)
     line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": over_seeds(each)}
     first = first or result
     if torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned):
-        line["difference"], line["difference ±"] = H.per_character(mean - first.nats, counts)
-        line["difference over seeds ±"] = over_seeds([a - b for a, b in zip(each, first.each)])
+        line["difference"], line["difference ±"] = H.per_character(nats.mean(dim=0) - first.nats.mean(dim=0), counts)
+        apart = [float((ours - theirs).sum() / counts.sum()) for ours, theirs in zip(nats, first.nats)]  # seed by seed
+        line["difference over seeds ±"] = over_seeds(apart)
     text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
     line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
     line["characters"] = int(characters(text, job.learned(text), lengths).sum())
