@@ -19,21 +19,22 @@ from beyond.vocabulary import multiplications
 
 
 class Budget(NamedTuple):
-    """A share of what a preset trains."""
+    """A share of what a preset trains, and with how many seeds."""
 
     preset: str
     share: float
+    seeds: int = 1
 
 
-def _shares(preset: str, *shares: int) -> list[Budget]:
-    return [Budget(preset, 1 / n) for n in (*shares, 1)]
+def _shares(preset: str, *shares: int, seeds: int = 1) -> list[Budget]:
+    return [Budget(preset, 1 / n, seeds) for n in (*shares, 1)]
 
 
 _SMOKE = {"LLaDA": _shares("smoke", 2), "AR": _shares("smoke", 2)}
-_CPU = {"LLaDA": _shares("cpu", 9, 3), "AR": _shares("cpu", 27, 9, 3)}
-_LONG = {name: [*rows, Budget("cpu_long", 1)] for name, rows in _CPU.items()}
+_LONG = [Budget("cpu_long", 1)]
+_CPU = {"LLaDA": _shares("cpu", 9, 3, seeds=2) + _LONG, "AR": _shares("cpu", 27, 9, 3, seeds=2) + _LONG}
 _GPU = {"LLaDA": _shares("gpu", 9, 3), "AR": _shares("gpu", 27, 9, 3)}
-SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _CPU), "cpu_long": (_SMOKE, _LONG), "gpu": (_SMOKE, _GPU)}
+SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _CPU), "cpu_long": (_SMOKE, _CPU), "gpu": (_SMOKE, _GPU)}
 
 
 BACKWARD = 3  # a forward and a backward pass cost as much as three forward passes (Kaplan et al. 2020, arXiv:2001.08361)
@@ -65,7 +66,7 @@ def training_flop(job: H.Job) -> int:
 
 
 def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
-    """A row for each model and budget: the preset's training with fewer steps, one seed.
+    """A row for each model and budget: the preset's training with fewer steps.
 
     >>> ids = torch.arange(4, 30)
     >>> {row: [job.train.steps for job in trials] for row, trials in budget_jobs(SIZES["smoke"][1], 30, ids, ids).items()}
@@ -73,13 +74,13 @@ def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Te
     """
     jobs = {}
     for name, rows in budgets.items():
-        for preset, share in rows:
+        for preset, share, seeds in rows:
             job = H.PRESETS[preset].jobs(vocab_size, train_ids, val_ids)[name]
             config = job.train
             if share < 1:
                 config = replace(config, steps=round(share * config.steps), evals=max(1, round(share * config.evals)))
             row = f"{name}, {preset}" + (f" / {round(1 / share)}" if share < 1 else "")
-            jobs[row] = [replace(job, train=config)]
+            jobs[row] = [replace(job, train=replace(config, seed=config.seed + seed)) for seed in range(seeds)]
     return jobs
 
 
