@@ -244,6 +244,11 @@ SUITES = {
         tuning.SIZES,
         lambda preset, size, text, data: (tuning.ar_jobs(preset, size, *data), None),
     ),
+    "tuning_weights": Suite(
+        "LLaDA with its weights averaged or in another shape, as long as tuning's",
+        tuning.SIZES,
+        lambda preset, size, text, data: (tuning.weight_jobs(preset, size, *data), None),
+    ),
     "budget": Suite(
         "what more training buys: LLaDA and AR at several budgets",
         budget.SIZES,

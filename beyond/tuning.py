@@ -12,6 +12,7 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond.losses import masked_mean, polynomial, switched
+from beyond.variants import Averaged
 
 SIZES = {  # characters: of the notebook's short form and of the full one, for LLaDA
     "smoke": (5_120, 10_240),
@@ -22,13 +23,18 @@ SIZES = {  # characters: of the notebook's short form and of the full one, for L
 
 
 def _jobs(
-    shape: H.ModelConfig, characters: int, data: tuple[Tensor, Tensor], make_batch: Callable | None, **changes
+    shape: H.ModelConfig,
+    characters: int,
+    data: tuple[Tensor, Tensor],
+    make_batch: Callable | None = None,
+    architecture: type = H.Transformer,
+    **changes,
 ) -> list[H.Job]:
     """Trainings of one row, 16 windows a step unless `changes` of the configuration say otherwise."""
     windows = changes.pop("batch_size", 16)
     steps = max(1, round(characters / (windows * shape.seq_len)))
     config = H.TrainConfig(steps, windows, evals=min(4, steps), eval_windows=min(512, characters // 1000), **changes)
-    return [H.Job(shape, config, *data, make_batch)]
+    return [H.Job(shape, config, *data, make_batch, architecture=architecture)]
 
 
 def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
@@ -60,6 +66,36 @@ def llada_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Te
     }
 
 
+def reshaped(shape: H.ModelConfig, n_layer: int) -> H.ModelConfig:
+    """So many layers, of the width at which they have about as many weights.
+
+    >>> reshaped(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=5, n_head=4, n_embd=128), 3).n_embd
+    168
+    """
+    unit = 2 * shape.n_head  # rotary positions turn pairs
+    return replace(shape, n_layer=n_layer, n_embd=unit * round(shape.n_embd * (shape.n_layer / n_layer) ** 0.5 / unit))
+
+
+def weight_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
+    """LLaDA with 16 windows a step, then with its weights averaged or in another shape.
+
+    >>> import torch
+    >>> ids = torch.arange(4, 30)
+    >>> [(trial.model.n_layer, trial.model.n_embd) for (trial,) in weight_jobs(H.PRESETS["cpu"], 9_999, 30, ids, ids).values()]
+    [(5, 128), (5, 128), (5, 128), (3, 168), (9, 96)]
+    """
+    shape = preset.model(vocab_size, causal=False)
+    rows = {
+        "16 windows a step": {},
+        "average of the weights": {"architecture": Averaged},
+        "average instead of the decay": {"architecture": Averaged, "decay": 0.0},
+        "two layers fewer, wider": {"shape": reshaped(shape, max(1, shape.n_layer - 2))},
+        "four layers more, narrower": {"shape": reshaped(shape, shape.n_layer + 4)},
+    }
+    defaults = {"shape": shape, "characters": characters, "data": (train_ids, val_ids)}
+    return {row: _jobs(**defaults | row_changes) for row, row_changes in rows.items()}
+
+
 def ar_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
     """AR with 16 windows a step, then with one thing changed in each row, four thirds of so many characters.
 
@@ -76,5 +112,5 @@ def ar_jobs(preset: H.Preset, characters: int, vocab_size: int, train_ids: Tenso
         "weight decay 0.1": {"weight_decay": 0.1},
         "weight decay 0.3": {"weight_decay": 0.3},
     }
-    defaults = {"shape": shape, "make_batch": None, "characters": round(characters * 4 / 3), "data": (train_ids, val_ids)}
+    defaults = {"shape": shape, "characters": round(characters * 4 / 3), "data": (train_ids, val_ids)}
     return {row: _jobs(**defaults | row_changes) for row, row_changes in rows.items()}

@@ -1,9 +1,9 @@
-"""Architectures to compare with: a Transformer that is told the time, and one with learned positions."""
+"""Architectures to compare with: a Transformer that is told the time, one with learned positions, one that averages itself."""
 
 import torch
 from torch import Tensor, nn
 
-from llada_helpers import MASK_ID, PAD_ID, ModelConfig, Transformer
+from llada_helpers import MASK_ID, PAD_ID, KVCache, ModelConfig, Transformer
 
 
 class AdaptiveNorm(nn.Module):
@@ -81,3 +81,34 @@ class LearnedPositions(Transformer):
         if cache is not None or start:
             raise ValueError("learned positions start at 0: pass whole sequences and no cache")
         return super().forward(ids)
+
+
+class Averaged(Transformer):
+    """Transformer that is trained as usual and evaluated with the average of its weights, those of step n counted n^7 times.
+
+    So the average spans the last eighth of a training, however long that is (a power profile: Karras et al. 2024,
+    arXiv:2312.02696). It is kept in the buffers of `average` and saved with the model; a pass in training mode is a step.
+
+    >>> model, ids = Averaged(ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8)), torch.tensor([[4, MASK_ID]])
+    >>> for value in (1.0, 4.0):  # two steps
+    ...     _ = nn.init.constant_(model.head.weight, value), model.train()(ids)
+    >>> round(model.average.head.weight[0, 0].item(), 3)  # (1 x 1 + 2^7 x 4) / (1 + 2^7), nearly
+    3.988
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.average = Transformer(config)
+        self.register_buffer("steps", torch.zeros(()))
+        for module in self.average.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, weight.detach())
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
+        if not self.training:
+            return self.average(ids, cache, start)
+        self.steps += 1
+        for name, weight in self.named_parameters():
+            self.average.get_buffer(name).lerp_(weight.detach(), 1 - (1 - 1 / self.steps) ** 8)
+        return super().forward(ids, cache, start)

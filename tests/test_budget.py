@@ -117,7 +117,7 @@ def test_compute_ratio_between_budgets():
     assert all(map(math.isnan, budget.compute_ratio(apart)))
 
 
-@pytest.mark.parametrize("name", ["tuning", "tuning_ar"])
+@pytest.mark.parametrize("name", ["tuning", "tuning_ar", "tuning_weights"])
 def test_one_choice_is_changed_in_each_row(name):
     full, _, _ = suite(name, SMOKE, TEXT)
     first = next(iter(full.values()))[0]
@@ -125,8 +125,10 @@ def test_one_choice_is_changed_in_each_row(name):
         parts = [(trials[0].model, first.model), (trials[0].train, first.train)]
         changed = {f.name for ours, base in parts for f in fields(ours) if getattr(ours, f.name) != getattr(base, f.name)}
         changed |= {"batch"} if trials[0].batch_function.__name__ != first.batch_function.__name__ else set()
+        changed |= {"architecture"} if trials[0].architecture is not first.architecture else set()
         names = changed - {"steps", "evals"}  # the same number of characters
-        assert len(names) == 1 or names in ({"n_layer", "n_embd"}, {"batch_size", "seq_len"}), (row, changed)
+        pairs = ({"n_layer", "n_embd"}, {"batch_size", "seq_len"}, {"architecture", "decay"})
+        assert len(names) == 1 or names in pairs, (row, changed)
         read = [t.train.steps * t.train.batch_size * t.model.seq_len for t in (trials[0], first)]
         assert read[0] == pytest.approx(read[1], rel=0.15), row
 
@@ -143,7 +145,16 @@ def test_a_batch_function_may_change_at_a_step():
     assert job.fingerprint() != replace(job, make_batch=later).fingerprint()
 
 
+def test_another_shape_has_about_as_many_weights():
+    shape = h.PRESETS["cpu"].model(100, causal=False)
+    for n_layer in range(1, 13):
+        other = tuning.reshaped(shape, n_layer)
+        counts = [sum(p.numel() for p in h.Transformer(config).blocks.parameters()) for config in (other, shape)]
+        assert other.n_layer == n_layer and counts[0] == pytest.approx(counts[1], rel=0.1)  # widths come in steps of 8
+
+
 def test_rows_of_the_recipe_are_all_different_trainings():
-    for jobs in (tuning.llada_jobs(SMOKE, 10_240, *DATA), tuning.ar_jobs(SMOKE, 10_240, *DATA)):
+    for rows in (tuning.llada_jobs, tuning.ar_jobs, tuning.weight_jobs):
+        jobs = rows(SMOKE, 10_240, *DATA)
         marks = [trial.fingerprint() for trials in jobs.values() for trial in trials]
         assert len(set(marks)) == len(marks)

@@ -1,11 +1,13 @@
-"""beyond/variants.py: a Transformer that is told the time, and one with learned positions."""
+"""beyond/variants.py: a Transformer that is told the time, and one with learned positions, one that averages its weights."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 import llada_helpers as h
 from beyond.recipe import PostNormEncoder
-from beyond.variants import LearnedPositions, TimeConditioned
+from beyond.variants import Averaged, LearnedPositions, TimeConditioned
 
 CONFIG = h.ModelConfig(vocab_size=11, seq_len=12, n_layer=2, n_head=2, n_embd=16)
 ARCHITECTURES = [h.Transformer, TimeConditioned, LearnedPositions]
@@ -42,7 +44,7 @@ def test_padding_is_not_attended_to(architecture):
     assert close(logits[1, :6], model(ids[1:, :6])[0])
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, PostNormEncoder])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, Averaged, PostNormEncoder])
 @torch.no_grad()
 def test_saved_and_loaded_is_the_same(tmp_path, architecture):
     model, ids = model_of(architecture), ids_of(2, 12)
@@ -97,3 +99,49 @@ def test_learned_positions_are_absolute_and_all_there_is():
     assert not close(model(there)[0, 3], model(exchanged)[0, 3])
     model.embed.positions.zero_()
     assert close(model(there)[0, 3], model(exchanged)[0, 3])
+
+
+JOB = h.Job(CONFIG, h.TrainConfig(12, 4, evals=2, eval_windows=4), ids_of(500), ids_of(60))
+AVERAGED = replace(JOB, architecture=Averaged)
+
+
+def train_counting(job, monkeypatch, root):
+    """The finished run, and the weights that every step began with."""
+    seen, step = [], h.weighted_nll
+
+    def counting(network, *batch):
+        seen.append({name: p.detach().clone() for name, p in network.named_parameters()})
+        return step(network, *batch)
+
+    monkeypatch.setattr(h, "weighted_nll", counting)
+    return h.train("a", job, root=root, quiet=True), seen
+
+
+def test_the_average_is_that_of_the_weights_of_a_training_as_usual(tmp_path, monkeypatch):
+    plain, seen = train_counting(JOB, monkeypatch, tmp_path / "plain")
+    monkeypatch.undo()
+    run, ours = train_counting(AVERAGED, monkeypatch, tmp_path / "averaged")
+    assert len(seen) == len(ours) == 12 and run.summary["parameters"] == plain.summary["parameters"]
+    for name in seen[0]:
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(seen, ours)), name
+        shares = torch.tensor([(n**8 - (n - 1) ** 8) / 12**8 for n in range(1, 13)])  # the integral of n^7
+        expected = torch.einsum("n,n...->...", shares, torch.stack([weights[name] for weights in seen]))
+        assert torch.allclose(run.model.average.get_buffer(name), expected, atol=1e-6), name
+    assert not run.model.training and close(run.model(ids_of(1, 9)), run.model.average(ids_of(1, 9)))
+
+
+def test_an_interrupted_average_goes_on_exactly(tmp_path, monkeypatch):
+    whole = h.train("a", AVERAGED, root=tmp_path / "whole", quiet=True)
+    save = h.TrainingLog.save
+
+    def interrupted(log):
+        save(log)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(h.TrainingLog, "save", interrupted)
+    assert not h.train("a", AVERAGED, root=tmp_path / "parts", quiet=True).summary["complete"]
+    monkeypatch.undo()
+    again = h.train("a", AVERAGED, root=tmp_path / "parts", quiet=True)
+    assert whole.summary["best"] == again.summary["best"]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
