@@ -18,7 +18,7 @@ SIZES = {  # characters: of the notebook's short form and of the full one, for L
     "smoke": (5_120, 10_240),
     "cpu": (40_960, 3_141_632),
     "cpu_long": (40_960, 3_141_632),
-    "gpu": (65_536, 32_768_000),
+    "gpu": (32_768, 32_768_000),
 }
 
 
