@@ -64,7 +64,7 @@ def test_links_are_good(name):
 
 
 @pytest.mark.skipif(not CORPUS, reason="needs TinyShakespeare, in shared/ or $LLADA_DATA")
-@pytest.mark.parametrize("name", ["ablations", "blocks", "budget", "crossover", "schedule", "schedule_full"])
+@pytest.mark.parametrize("name", ["ablations", "blocks", "budget", "crossover", "schedule", "schedule_full", "tuning_weights"])
 def test_committed_suites_were_made_by_the_code_as_it_is(name):
     """Read by the notebooks from figures/tables/; `python -m beyond.experiments NAME` remakes it."""
     table = pd.read_csv(ROOT / "figures" / "tables" / f"{name}.csv", dtype=str)

@@ -1,9 +1,10 @@
-"""beyond/variants.py: a Transformer that is told the time, and one with learned positions, one that averages its weights."""
+"""beyond/variants.py: a Transformer that is told the time, one with learned positions, one that averages its weights."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from test_training import interrupt_in
 
 import llada_helpers as h
 from beyond.recipe import PostNormEncoder
@@ -105,22 +106,22 @@ JOB = h.Job(CONFIG, h.TrainConfig(12, 4, evals=2, eval_windows=4), ids_of(500), 
 AVERAGED = replace(JOB, architecture=Averaged)
 
 
-def train_counting(job, monkeypatch, root):
+def train_noting(job, monkeypatch, root):
     """The finished run, and the weights that every step began with."""
     seen, step = [], h.weighted_nll
 
-    def counting(network, *batch):
+    def noted(network, *batch):
         seen.append({name: p.detach().clone() for name, p in network.named_parameters()})
         return step(network, *batch)
 
-    monkeypatch.setattr(h, "weighted_nll", counting)
+    monkeypatch.setattr(h, "weighted_nll", noted)
     return h.train("a", job, root=root, quiet=True), seen
 
 
 def test_the_average_is_that_of_the_weights_of_a_training_as_usual(tmp_path, monkeypatch):
-    plain, seen = train_counting(JOB, monkeypatch, tmp_path / "plain")
+    plain, seen = train_noting(JOB, monkeypatch, tmp_path / "plain")
     monkeypatch.undo()
-    run, ours = train_counting(AVERAGED, monkeypatch, tmp_path / "averaged")
+    run, ours = train_noting(AVERAGED, monkeypatch, tmp_path / "averaged")
     assert len(seen) == len(ours) == 12 and run.summary["parameters"] == plain.summary["parameters"]
     for name in seen[0]:
         assert all(torch.equal(a[name], b[name]) for a, b in zip(seen, ours)), name
@@ -132,13 +133,7 @@ def test_the_average_is_that_of_the_weights_of_a_training_as_usual(tmp_path, mon
 
 def test_an_interrupted_average_goes_on_exactly(tmp_path, monkeypatch):
     whole = h.train("a", AVERAGED, root=tmp_path / "whole", quiet=True)
-    save = h.TrainingLog.save
-
-    def interrupted(log):
-        save(log)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(h.TrainingLog, "save", interrupted)
+    interrupt_in(monkeypatch, 9)
     assert not h.train("a", AVERAGED, root=tmp_path / "parts", quiet=True).summary["complete"]
     monkeypatch.undo()
     again = h.train("a", AVERAGED, root=tmp_path / "parts", quiet=True)
