@@ -9,6 +9,7 @@ How to generate, how to score:
     quality       one measure for all decoders: how good and how varied their texts are, and what they cost
     sweep         decoders over temperatures, compared at equal diversity
     film          a generation as an animated picture
+    page          the two models in one HTML file, to play with in a browser: python -m beyond.page
 
 How to train, by suites of experiments:
 

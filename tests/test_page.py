@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -18,7 +20,8 @@ from beyond import page, spacing
 
 LETTERS = "\n !$&',-.3:;=?<>/_ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 TOKENIZER = h.CharTokenizer(LETTERS)
-HOSTILE = "FIRST CITIZEN:\n</script><script>document.title = 'gone'</script><!-- & <b>not bold</b>, a speech that ends with $&, as it must."
+HOSTILE = "FIRST CITIZEN:\n</script><script>document.title = 'gone'</script><!-- & <b>not bold</b>, a speech that ends with $&, "
+HOSTILE += "as it must."
 SPEECHES = f"{HOSTILE}\n\nSECOND CITIZEN:\n" + "We are accounted poor citizens, the patricians good. " * 2
 SPECIAL = (h.PAD_ID, h.START_ID, h.END_ID)
 UNKNOWN = "~"  # stands for a hidden character in the page, since "_" is in the vocabulary
@@ -50,22 +53,21 @@ def test_no_weight_is_off_by_more_than_half_a_step_of_its_row(rows):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two small models after a few seconds of training, where they were left, and the ids of their text."""
+    """Two small models after a few seconds of training: where they were left, their jobs, their text."""
     root, text = tmp_path_factory.mktemp("trained"), "What is written once, and once more, is soon learned by heart.\n\n" * 160
-    tokenizer = h.CharTokenizer.from_text(text)
-    ids, preset = tokenizer.encode(text), h.PRESETS["smoke"]
-    train_ids, rest = h.split(ids)
-    short = replace(preset.llada, steps=80, batch_size=8, evals=1, eval_windows=4)
-    preset = replace(preset, llada=short, ar=short)
-    for name, job in preset.jobs(tokenizer.vocab_size, train_ids, h.split(rest, 0.5)[0]).items():
+    short = h.TrainConfig(120, 8, evals=1, eval_windows=4)
+    preset, tokenizer = replace(h.PRESETS["smoke"], llada=short, ar=short), h.CharTokenizer.from_text(text)
+    train_ids, rest = h.split(tokenizer.encode(text))
+    jobs = preset.jobs(tokenizer.vocab_size, train_ids, h.split(rest, 0.5)[0])
+    for name, job in jobs.items():
         h.train(name, job, root=root, quiet=True)
-    return root, preset, tokenizer, ids
+    return root, preset, jobs, text
 
 
 def test_eight_bits_cost_less_than_five_thousandths_of_a_nat(trained):
-    root, preset, tokenizer, ids = trained
-    windows = h.windows(ids[-2000:], preset.seq_len)
-    for name, model in page.finished(preset, ids, tokenizer.vocab_size, root).items():
+    root, preset, jobs, text = trained
+    windows = h.windows(h.CharTokenizer.from_text(text).encode(text[-2000:]), preset.seq_len)
+    for name, model in page.finished(jobs, "smoke", root).items():
         nats = []
         for one in (model, page.quantized(model)):
             seeded = torch.Generator().manual_seed(0)
@@ -76,18 +78,18 @@ def test_eight_bits_cost_less_than_five_thousandths_of_a_nat(trained):
 
 
 def test_a_missing_or_interrupted_run_is_refused_with_the_command_that_trains_it(trained, tmp_path, monkeypatch, capsys):
-    root, preset, tokenizer, ids = trained
-    with pytest.raises(ValueError, match="python -m beyond.experiments train --preset smoke --model llada"):
-        page.finished(preset, ids, tokenizer.vocab_size, tmp_path)
+    root, _, jobs, text = trained
+    with pytest.raises(ValueError, match=r"python -m beyond\.experiments train --preset smoke --model llada"):
+        page.finished(jobs, "smoke", tmp_path)
     (record,) = root.glob("runs/AR-*/run.json")
     complete = record.read_text()
     record.write_text(complete.replace('"complete": true', '"complete": false'))
     try:
         with pytest.raises(ValueError, match="--model ar"):
-            page.finished(preset, ids, tokenizer.vocab_size, root)
+            page.finished(jobs, "smoke", root)
     finally:
         record.write_text(complete)
-    (tmp_path / "own.txt").write_text("a text that nothing was trained on, for once " * 9)
+    (tmp_path / "own.txt").write_text(text)
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "own.txt"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
@@ -96,15 +98,16 @@ def test_a_missing_or_interrupted_run_is_refused_with_the_command_that_trains_it
 
 
 def test_the_command_writes_the_page_of_the_finished_runs(trained, tmp_path, monkeypatch, capsys):
-    root, preset, tokenizer, ids = trained
-    (tmp_path / "own.txt").write_text(tokenizer.decode(ids))
+    root, preset, jobs, text = trained
+    (tmp_path / "own.txt").write_text(text)
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "own.txt"))
     monkeypatch.setitem(h.PRESETS, "smoke", preset)
     monkeypatch.chdir(root)
     page.main(["--preset", "smoke", "--out", str(tmp_path / "small.html")])
     told = data_of((tmp_path / "small.html").read_text())
-    assert told["length"] == 64 and told["characters"] == list(tokenizer.characters)
-    assert all(text in tokenizer.decode(ids[-len(ids) // 10 - 1 :]) for text in told["texts"]), "what they were not trained on"
+    assert told["length"] == 64 and told["characters"] == sorted(set(text))
+    models = {name: page.packed(model) for name, model in page.finished(jobs, "smoke", root).items()}
+    assert told["models"] == json.loads(json.dumps(models))
     assert "MB" in capsys.readouterr().out
 
 
@@ -118,9 +121,10 @@ HTML = page.page(MODELS, TOKENIZER, SPEECHES)
 def test_one_file_small_enough_that_names_no_other(tmp_path):
     assert len(HTML.encode()) < 3_500_000
     assert HTML.count("</script>") == 3, "data, engine, page: nothing in the data ends its script"
-    assert re.findall(r"(?i)https?:|src=|@import|\burl\(|fetch\(|XMLHttp|innerHTML|outerHTML|insertAdjacent|document\.write", HTML) == []
+    assert re.findall(r"(?i)https?:|src=|@import|\burl\(|fetch\(|XMLHttp", HTML) == []
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write", HTML) == []
     assert data_of(HTML)["texts"][0] == HOSTILE
-    assert page.TEMPLATE.read_text().count("\n") <= 450 and open(page.__file__).read().count("\n") <= 120
+    assert page.TEMPLATE.read_text().count("\n") <= 450 and Path(page.__file__).read_text().count("\n") <= 120
 
 
 def test_speeches_are_chosen_from_all_over_the_text_and_its_beginning_if_there_are_none():
@@ -136,7 +140,8 @@ def test_speeches_are_chosen_from_all_over_the_text_and_its_beginning_if_there_a
 
 @pytest.fixture(scope="module")
 def browser():
-    lacking = [what for what, there in {"chromium": CHROMIUM, "playwright": importlib.util.find_spec("playwright")}.items() if not there]
+    needed = {"chromium": CHROMIUM, "playwright": importlib.util.find_spec("playwright")}
+    lacking = [what for what, there in needed.items() if not there]
     if lacking and os.environ.get("LLADA_BROWSER") == "1":
         pytest.fail(f"LLADA_BROWSER=1, but missing: {lacking}")
     if lacking:
@@ -187,8 +192,8 @@ def engine(browser, address):
 
 def shown(view, model: str = "LLaDA") -> str:
     """The text as a reader sees it, hidden characters as blocks."""
-    cells = view.locator(f"#{model} .cell").evaluate_all("all => all.map(c => [c.textContent, c.classList.contains('blank')])")
-    return "".join("█" if blank else text.replace("↵", "\n") for text, blank in cells)
+    script = "all => all.map(c => c.classList.contains('blank') ? '█' : c.textContent).join('')"
+    return view.locator(f"#{model} span").evaluate_all(script)
 
 
 def template(seed: int, length: int = 128) -> torch.Tensor:
@@ -203,7 +208,8 @@ def test_logits_are_those_of_pytorch_with_the_same_weights(engine, name, toleran
     most = 0.0
     for seed, length in enumerate((1, 2, 3, 5, 64, 127, 128)):
         ids = template(seed, length)
-        told = engine.evaluate("async ([model, ids]) => (await engines[0]({ job: 'logits', model, ids })).logits.map(l => [...l])", [name, ids[0].tolist()])
+        script = "async job => (await engines[0]({ job: 'logits', ...job })).logits.map(l => [...l])"
+        told = engine.evaluate(script, {"model": name, "ids": ids[0].tolist()})
         with torch.no_grad():
             wanted = SAME[name](ids)[0]
         assert torch.tensor(told).shape == wanted.shape and wanted.std() > 1
@@ -218,13 +224,15 @@ def film(page, ids: torch.Tensor, model: str = "LLaDA", **options) -> list[dict]
     return page.evaluate(script, {"job": model, "ids": ids[0].tolist(), "temperature": 0, "seed": 1, **options})
 
 
-ORDERS = {"low-confidence": "low_confidence", "entropy": "entropy", "bit-reversed": spacing.bit_reversed, "spaced": spacing.spaced(8)}
+ORDERS = {"low-confidence": "low_confidence", "entropy": "entropy"}
+ORDERS |= {"bit-reversed": spacing.bit_reversed, "spaced": spacing.spaced(8)}
 CASES = [("low-confidence", seed) for seed in range(10)] + [(order, seed) for order in list(ORDERS)[1:] for seed in (3, 8)]
 
 
 @pytest.mark.parametrize("order, seed", CASES)
 def test_greedy_decoding_writes_what_reverse_process_writes(engine, order, seed):
-    ids, steps = template(seed, 128 - 7 * seed), (1, 4, 7, 16, 5, 11, 32, 13, 8, 200)[seed]
+    length = (128, 20, 37, 50, 81, 28, 66, 24, 40, 127)[seed]
+    ids, steps = template(seed, length), (1, 4, 7, 12, 5, 11, 9, 99, 8, 2)[seed]
     made = h.reverse_process(SAME["LLaDA"], ids, mask_id=h.MASK_ID, steps=steps, remasking=ORDERS[order], forbidden=SPECIAL)
     told = film(engine, ids, order=order, passes=steps)
     assert told[-1]["ids"] == made.ids[0].tolist()
@@ -248,7 +256,10 @@ def test_ar_writes_what_generate_ar_writes_and_reads_what_is_given_in_between(en
 def test_a_pass_over_128_characters_takes_less_than_a_quarter_of_a_second(engine):
     script = """async ids => {
         const times = [];
-        for (let i = 0; i < 8; i++) { const told = await engines[0]({ job: "logits", model: "LLaDA", ids }); times.push(told.ended - told.began); }
+        while (times.length < 20 && !times.some(ms => ms < 250)) {
+            const told = await engines[0]({ job: "logits", model: "LLaDA", ids });
+            times.push(told.ended - told.began);
+        }
         return Math.min(...times);
     }"""
     assert engine.evaluate(script, template(0)[0].tolist()) < 250
@@ -258,9 +269,14 @@ def test_draws_follow_the_model_at_a_temperature_and_depend_on_the_seed_alone(en
     ids = torch.full((1, 1), h.MASK_ID)
     with torch.no_grad():
         odds = (SAME["LLaDA"](ids)[0, 0, 4:].double() / 1.5).softmax(dim=-1)
-    drawn = [film(engine, ids, order="random", passes=1, temperature=1.5, seed=seed)[0]["ids"][0] for seed in range(1000)]
-    assert drawn[:20] == [film(engine, ids, order="random", passes=1, temperature=1.5, seed=s)[0]["ids"][0] for s in range(20)]
-    assert min(drawn) >= 4
+    script = """async seeds => {
+        const drawn = [], job = { job: "LLaDA", ids: [1], order: "random", passes: 1, temperature: 1.5 };
+        for (const seed of seeds) await engines[0]({ ...job, seed }, news => drawn.push(news.ids[0]));
+        return drawn;
+    }"""
+    drawn = engine.evaluate(script, [*range(1000), *range(20)])
+    assert drawn[:20] == drawn[1000:] and min(drawn) >= 4
+    del drawn[1000:]
     counts = torch.bincount(torch.tensor(drawn) - 4, minlength=len(odds))
     likely = odds * 1000 > 5
     seen = torch.cat((counts[likely], counts[~likely].sum()[None]))
@@ -286,7 +302,186 @@ def test_it_opens_half_hidden_with_the_text_as_text_and_says_what_it_expects(vie
     assert 0.3 < text.count("█") / len(text) < 0.7 and page.title() != "gone"
     assert page.locator("#LLaDA b, #LLaDA script").count() == 0
     assert page.locator("#odds li").count() == 5
+    page.locator("#undo").click()
+    assert shown(page) == HOSTILE == page.locator("#own").input_value()
 
 
-def odds_shown(page) -> list[tuple[str, str]]:
-    return [tuple(item.split("\n")) for item in page.locator("#odds li").evaluate_all("all => all.map(o => o.innerText.trim())")]
+LINE = "What ~~ your will~~ my lor~~"  # six hidden characters
+
+
+def wait_for(page, button: str) -> None:
+    page.locator("#fill", has_text=re.compile(f"^{button}$")).wait_for()
+
+
+def test_fill_plays_to_the_end_and_every_pass_can_be_gone_back_to(view):
+    page = view(text=LINE, passes=3, order="entropy", temperature=0.5, seed=7)
+    job = {"order": "entropy", "passes": 3, "temperature": 0.5, "seed": 7}
+    ids = torch.tensor([[h.MASK_ID if c == UNKNOWN else int(TOKENIZER.encode(c)) for c in LINE]])
+    wanted = [TOKENIZER.decode(told["ids"]) for told in film(page, ids, **job)]
+    assert shown(page) == TOKENIZER.decode(ids[0]) and page.locator("#back").is_disabled()
+    page.locator("#fill").click()
+    wait_for(page, "Fill again")
+    assert shown(page) == wanted[2] and page.locator("#LLaDA-says").inner_text().startswith("pass 3 of 3 · 6 of 6 characters")
+    assert page.locator("#told").inner_text() == "Filled in 3 passes." and page.locator("#step").is_disabled()
+    assert page.locator("#LLaDA .written").count() == 6 and page.locator("#LLaDA .new").count() == 2
+    for k in (1, 0):
+        page.locator("#back").click()
+        assert shown(page) == wanted[k]
+    address = page.url
+    page.locator("#pass").press("Home")
+    assert shown(page) == TOKENIZER.decode(ids[0])
+    page.locator("#step").click()
+    assert shown(page) == wanted[0]
+    page.locator("#pass").press("End")
+    page.locator("#fill").click()
+    wait_for(page, "Fill again")
+    assert "seed=8" in page.url, "again is another draw"
+    page.goto("about:blank")
+    page.goto(address)
+    page.get_by_text("pass 1 of 3").wait_for()
+    assert shown(page) == wanted[0], "a link shows what it was copied from"
+    assert page.url == address
+
+
+def test_a_pass_far_off_is_waited_for_and_play_pauses(view):
+    page = view(text=UNKNOWN * 40, passes=40, **{"pass": 12})
+    page.get_by_text("pass 12 of 40").wait_for()
+    assert shown(page).count("█") == 28
+    wait_for(page, "Play")
+    page.locator("#fill").click()
+    page.get_by_text(re.compile("pass 1[4-9] of 40")).wait_for()
+    page.locator("#fill").click()
+    wait_for(page, "Play")
+    before = shown(page)
+    page.wait_for_timeout(500)
+    assert shown(page) == before and "█" in before
+
+
+def test_the_keyboard_alone_hides_writes_fills_and_takes_back(view):
+    page = view(text="To be, or not", passes=2, order="random")
+    field = page.locator("#own")
+    field.press("Control+Home")
+    for _ in range(2):
+        field.press("Shift+ArrowRight")
+    field.press(UNKNOWN)
+    assert shown(page) == "██ be, or not"
+    field.press("End")
+    page.keyboard.type(f" t{UNKNOWN}\nbe")
+    assert shown(page) == "██ be, or not t█\nbe"
+    page.locator("#undo").press("Enter")
+    assert shown(page) == "██ be, or not t█\nb"
+    field.press("Control+a")
+    field.press(UNKNOWN)
+    assert shown(page) == "█" * 18
+    field.press("Control+Enter")
+    wait_for(page, "Fill again")
+    assert "█" not in shown(page)
+
+
+def test_the_mouse_selects_what_is_hidden(view):
+    page = view(text="To be, or not to be")
+    boxes = [page.locator("#LLaDA span").nth(i).bounding_box() for i in (3, 8)]
+    page.mouse.move(boxes[0]["x"] + 1, boxes[0]["y"] + 10)
+    page.mouse.down()
+    page.mouse.move(boxes[1]["x"] + boxes[1]["width"] - 1, boxes[1]["y"] + 10, steps=4)
+    page.mouse.up()
+    page.locator("#hide").click()
+    assert shown(page) == "To ██████ not to be"
+    page.locator("#all").click()
+    assert shown(page) == "█" * 19
+    page.locator("#undo").click()
+    page.locator("#half").click()
+    assert 6 <= shown(page).count("█") < 19
+
+
+def test_what_it_expects_is_what_the_model_says_with_that_character_hidden(view):
+    text = "Good morrow, n~ighbour"
+    page, ids = view(text=text), torch.tensor([[h.MASK_ID if c == UNKNOWN else int(TOKENIZER.encode(c)) for c in text]])
+    for at in (5, 14):
+        box = page.locator("#LLaDA span").nth(at).bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        hidden = ids.clone()
+        hidden[0, at] = h.MASK_ID
+        with torch.no_grad():
+            odds = SAME["LLaDA"](hidden)[0, at].softmax(dim=-1)
+        cost = f"“{text[at]}” were hidden: it costs {-odds[ids[0, at]].log():.2f} nats"
+        page.locator("#about", has_text="What the model expects here" if text[at] == UNKNOWN else cost).wait_for()
+        best = odds[4:].topk(5)
+        signs = [{" ": "␣", "\n": "↵"}.get(LETTERS[i], LETTERS[i]) for i in best.indices]
+        assert page.locator("#odds b").all_inner_texts() == signs
+        assert page.locator("#odds span").all_inner_texts() == [f"{100 * p:.0f}%" for p in best.values.tolist()]
+
+
+def test_surprise_is_the_cost_of_each_character_hidden_in_turn(view):
+    text = "Good morr~w, neighbuor"
+    page, ids = view(text=text), torch.tensor([[h.MASK_ID if c == UNKNOWN else int(TOKENIZER.encode(c)) for c in text]])
+    places = [i for i, c in enumerate(text) if c != UNKNOWN]
+    hidden = ids.repeat(len(places), 1)
+    hidden[range(len(places)), places] = h.MASK_ID
+    with torch.no_grad():
+        logs = SAME["LLaDA"](hidden).log_softmax(dim=-1)[range(len(places)), places, ids[0, places]]
+    page.locator("#heat").click()
+    page.get_by_text(f"{-float(logs.sum()):.1f} nats in 21 of 21 characters, {-float(logs.mean()):.2f} each.").wait_for()
+    script = "all => all.map(c => Number(/([0-9.]+)%/.exec(c.style.background)?.[1] ?? -1))"
+    glow = page.locator("#LLaDA span").evaluate_all(script)
+    assert glow[9] == -1 and [glow[i] for i in places] == pytest.approx([min(100, -20 * x) for x in logs.tolist()], abs=0.6)
+    page.locator("#own").press("x")
+    assert page.locator("#LLaDA span").evaluate_all("all => all.every(c => !c.style.background)"), "it was that of another text"
+
+
+def test_the_race_is_run_on_the_same_blanks(view):
+    page = view(text=LINE, passes=2, temperature=0)
+    assert not page.locator("#AR").is_visible()
+    page.get_by_label("Race").check()
+    assert shown(page, "AR") == shown(page, "LLaDA") == LINE.replace(UNKNOWN, "█")
+    page.locator("#fill").click()
+    wait_for(page, "Fill again")
+    ids = torch.tensor([[h.MASK_ID if c == UNKNOWN else int(TOKENIZER.encode(c)) for c in LINE]])
+    assert shown(page, "AR") == TOKENIZER.decode(film(page, ids, "AR")[-1]["ids"])
+    assert page.locator("#AR-says").inner_text().startswith("pass 6 of 6")
+    assert page.locator("#LLaDA-says").inner_text().startswith("pass 2 of 2")
+    style = "(c, name) => getComputedStyle(c)[name]"
+    colors = [page.locator(f"#{model} .written:not(.new)").first.evaluate(style, "color") for model in ("LLaDA", "AR")]
+    assert colors[0] != colors[1]
+    new = page.locator("#LLaDA .new").first.evaluate(style, "backgroundColor")
+    assert new == "rgb({}, {}, {})".format(*(int(h.NEW_FACE[i : i + 2], 16) for i in (1, 3, 5)))
+
+
+def test_characters_that_it_does_not_know_are_left_out_and_named(view):
+    page = view(text="a café\u2028 {}")
+    assert shown(page) == "a caf " and all(c in page.locator("#told").inner_text() for c in "é{}")
+    page.locator("#own").fill("y" * 300)
+    assert len(shown(page)) == 128
+    page.locator("#own").fill("")
+    page.locator("#fill").click()
+    assert "Nothing is hidden" in page.locator("#told").inner_text()
+
+
+def test_nonsense_in_the_address_is_survived(view):
+    page = view(text="ab~", order="sideways", passes="-3", temperature="hot", seed="x", **{"pass": "1e9"})
+    page.get_by_text("pass 1 of 1").wait_for()
+    assert "█" not in shown(page)
+
+
+@pytest.mark.parametrize("width", [360, 800, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_any_width_in_light_and_dark(view, width, scheme):
+    page = view(text="Now is the winter of our discontent\nMade glorious summer by ~~~~~~~~~~~~~~~~~~~~~~~ all the", race="on")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper))) > 3 * 128) == (scheme == "light")
+    heights = page.evaluate("[document.getElementById('own').scrollHeight, document.getElementById('LLaDA').offsetHeight]")
+    assert heights[0] == heights[1], "the cursor is in the line that is seen"
+
+
+def test_the_picture_for_readme_is_taken_in_the_midst_of_filling(browser, address, tmp_path):
+    from PIL import Image
+
+    with ThreadPoolExecutor() as elsewhere:  # playwright allows one of itself a thread
+        elsewhere.submit(page.take_picture, Path(address.removeprefix("file://")), tmp_path / "page.png").result()
+    with Image.open(tmp_path / "page.png") as picture:
+        assert picture.size == (1600, 1300)
+        colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
+    assert {tuple(int(face[i : i + 2], 16) for i in (1, 3, 5)) for face in (h.MASK_FACE, h.NEW_FACE)} <= colors
