@@ -91,7 +91,7 @@ def take_picture(path: Path, image: Path) -> None:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         view = chromium.new_page(viewport={"width": 800, "height": 650}, device_scale_factor=2)
         view.goto(f"{path.resolve().as_uri()}#pass=8")
-        view.locator("#LLaDA-says", has_text="pass 8 of").wait_for()
+        view.locator("#LLaDA-says", has_text="pass 8 of").wait_for(timeout=120_000)
         view.screenshot(path=image, animations="disabled")
 
 

@@ -1,6 +1,8 @@
 """The page with the models in it: what it computes, held against PyTorch, and everything that one can do, in Chromium."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -253,16 +255,32 @@ def test_ar_writes_what_generate_ar_writes_and_reads_what_is_given_in_between(en
     assert torch.equal(written, torch.where(holes == h.MASK_ID, logits.argmax(dim=-1), holes))
 
 
+def cpu_seconds() -> dict[Path, float]:
+    """What the workers of all browsers have computed so far, thread by thread; empty where there is no /proc."""
+    spent = {}
+    for path in Path("/proc").glob("[0-9]*/task/*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            name, _, numbers = path.read_text().rpartition(")")
+            if "DedicatedWorker" in name:
+                spent[path] = int(numbers.split()[11]) / os.sysconf("SC_CLK_TCK")
+    return spent
+
+
 def test_a_pass_over_128_characters_takes_less_than_a_quarter_of_a_second(engine):
+    """By the clock, or, on a machine that is busy with other things, by the time that the engine got."""
     script = """async ids => {
         const times = [];
-        while (times.length < 20 && !times.some(ms => ms < 250)) {
+        for (let i = 0; i < 8; i++) {
             const told = await engines[0]({ job: "logits", model: "LLaDA", ids });
-            times.push(told.ended - told.began);
+            times.push((told.ended - told.began) / 1000);
         }
         return Math.min(...times);
     }"""
-    assert engine.evaluate(script, template(0)[0].tolist()) < 250
+    engine.evaluate(script, template(0)[0].tolist())
+    before = cpu_seconds()
+    by_the_clock = engine.evaluate(script, template(0)[0].tolist())
+    spent = [(now - before.get(thread, 0)) / 8 for thread, now in cpu_seconds().items()]
+    assert 0.005 < min(by_the_clock, max(spent, default=by_the_clock)) < 0.25
 
 
 def test_draws_follow_the_model_at_a_temperature_and_depend_on_the_seed_alone(engine):
@@ -274,13 +292,13 @@ def test_draws_follow_the_model_at_a_temperature_and_depend_on_the_seed_alone(en
         for (const seed of seeds) await engines[0]({ ...job, seed }, news => drawn.push(news.ids[0]));
         return drawn;
     }"""
-    drawn = engine.evaluate(script, [*range(1000), *range(20)])
-    assert drawn[:20] == drawn[1000:] and min(drawn) >= 4
-    del drawn[1000:]
+    drawn = engine.evaluate(script, [*range(500), *range(20)])
+    assert drawn[:20] == drawn[500:] and min(drawn) >= 4
+    del drawn[500:]
     counts = torch.bincount(torch.tensor(drawn) - 4, minlength=len(odds))
-    likely = odds * 1000 > 5
+    likely = odds * 500 > 5
     seen = torch.cat((counts[likely], counts[~likely].sum()[None]))
-    wanted = torch.cat((odds[likely], odds[~likely].sum()[None])) * 1000
+    wanted = torch.cat((odds[likely], odds[~likely].sum()[None])) * 500
     assert float(((seen - wanted) ** 2 / wanted).sum()) < len(wanted) + 4 * (2 * len(wanted)) ** 0.5
 
 
@@ -304,6 +322,12 @@ def test_it_opens_half_hidden_with_the_text_as_text_and_says_what_it_expects(vie
     assert page.locator("#odds li").count() == 5
     page.locator("#undo").click()
     assert shown(page) == HOSTILE == page.locator("#own").input_value()
+    page.locator("#sample").select_option(index=1)
+    assert "█" in shown(page)
+    page.locator("#undo").click()
+    assert shown(page) == HOSTILE
+    page.locator("#undo").click()
+    assert shown(page) == HOSTILE and page.locator("#undo").is_disabled()
 
 
 LINE = "What ~~ your will~~ my lor~~"  # six hidden characters
@@ -361,6 +385,10 @@ def test_the_keyboard_alone_hides_writes_fills_and_takes_back(view):
     page = view(text="To be, or not", passes=2, order="random")
     field = page.locator("#own")
     field.press("Control+Home")
+    page.locator("#about", has_text="If this “T” were hidden").wait_for()
+    field.press("ArrowRight")
+    page.locator("#about", has_text="If this “o” were hidden").wait_for()
+    field.press("ArrowLeft")
     for _ in range(2):
         field.press("Shift+ArrowRight")
     field.press(UNKNOWN)
@@ -440,6 +468,7 @@ def test_the_race_is_run_on_the_same_blanks(view):
     assert shown(page, "AR") == TOKENIZER.decode(film(page, ids, "AR")[-1]["ids"])
     assert page.locator("#AR-says").inner_text().startswith("pass 6 of 6")
     assert page.locator("#LLaDA-says").inner_text().startswith("pass 2 of 2")
+    assert page.locator("#AR .new").first.evaluate("c => getComputedStyle(c).color") == "rgb(0, 0, 0)"
     style = "(c, name) => getComputedStyle(c)[name]"
     colors = [page.locator(f"#{model} .written:not(.new)").first.evaluate(style, "color") for model in ("LLaDA", "AR")]
     assert colors[0] != colors[1]
@@ -463,17 +492,16 @@ def test_nonsense_in_the_address_is_survived(view):
     assert "█" not in shown(page)
 
 
-@pytest.mark.parametrize("width", [360, 800, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_any_width_in_light_and_dark(view, width, scheme):
-    page = view(text="Now is the winter of our discontent\nMade glorious summer by ~~~~~~~~~~~~~~~~~~~~~~~ all the", race="on")
-    page.set_viewport_size({"width": width, "height": 800})
-    page.emulate_media(color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", paper))) > 3 * 128) == (scheme == "light")
-    heights = page.evaluate("[document.getElementById('own').scrollHeight, document.getElementById('LLaDA').offsetHeight]")
-    assert heights[0] == heights[1], "the cursor is in the line that is seen"
+def test_it_fits_any_width_in_light_and_dark(view):
+    page = view(text="Now is\nthe winter\nof our discontent\nMade\nglorious\nsummer by ~~~~~~~~~~~~~~~~~~~~~~~~~~ all the", race="on")
+    for width, scheme in itertools.product((360, 800, 1400), ("light", "dark")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", paper))) > 3 * 128) == (scheme == "light")
+        heights = page.evaluate("[field.scrollHeight, $('LLaDA').offsetHeight]")
+        assert heights[0] == heights[1] > 150, "the cursor is in the line that is seen"
 
 
 def test_the_picture_for_readme_is_taken_in_the_midst_of_filling(browser, address, tmp_path):
