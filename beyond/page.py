@@ -89,10 +89,11 @@ def take_picture(path: Path, image: Path) -> None:
 
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        view = chromium.new_page(viewport={"width": 800, "height": 650}, device_scale_factor=2)
+        view = chromium.new_page(viewport={"width": 800, "height": 1200}, device_scale_factor=2)
         view.goto(f"{path.resolve().as_uri()}#pass=8")
         view.locator("#LLaDA-says", has_text="pass 8 of").wait_for(timeout=120_000)
-        view.screenshot(path=image, animations="disabled")
+        card = view.locator("section").first.bounding_box()
+        view.screenshot(path=image, animations="disabled", clip={"x": 0, "y": 0, "width": 800, "height": card["y"] + card["height"] + 24})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -493,7 +493,7 @@ def test_nonsense_in_the_address_is_survived(view):
 
 
 def test_it_fits_any_width_in_light_and_dark(view):
-    page = view(text="Now is\nthe winter\nof our discontent\nMade\nglorious\nsummer by ~~~~~~~~~~~~~~~~~~~~~~~~~~ all the", race="on")
+    page = view(text="Now is\nthe winter\nof our discontent\nMade\nglorious\nsummer by ~~~~~~~~~~~~~~~~~~~~~ all the", race="on")
     for width, scheme in itertools.product((360, 800, 1400), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=scheme)
@@ -510,6 +510,6 @@ def test_the_picture_for_readme_is_taken_in_the_midst_of_filling(browser, addres
     with ThreadPoolExecutor() as elsewhere:  # playwright allows one of itself a thread
         elsewhere.submit(page.take_picture, Path(address.removeprefix("file://")), tmp_path / "page.png").result()
     with Image.open(tmp_path / "page.png") as picture:
-        assert picture.size == (1600, 1300)
+        assert picture.width == 1600 and 1000 < picture.height < 2000
         colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
     assert {tuple(int(face[i : i + 2], 16) for i in (1, 3, 5)) for face in (h.MASK_FACE, h.NEW_FACE)} <= colors
