@@ -46,6 +46,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -201,39 +202,71 @@ def _uniform(shape, like: Tensor, generator: torch.Generator | None, dtype=torch
     return torch.rand(shape, generator=generator, device=device, dtype=dtype).to(like.device)
 
 
-def _check_maskable(sequences: Tensor, maskable: Tensor | None) -> Tensor:
-    if sequences.ndim != 2:
-        raise ValueError(f"sequences has shape {tuple(sequences.shape)}; pass ids of shape [B, L]")
-    if maskable is None:
-        return torch.ones_like(sequences, dtype=torch.bool)
-    if maskable.shape != sequences.shape or maskable.dtype != torch.bool:
-        raise ValueError(f"maskable is {maskable.dtype} {tuple(maskable.shape)}; pass bool {tuple(sequences.shape)}")
-    return maskable
+def _refuse(wrong: bool, said: str) -> None:
+    if wrong:
+        raise ValueError(said)
 
 
-def _check_times(t: float | Tensor, sequences: Tensor, lowest_included: bool) -> Tensor:
+def _check_ids(ids: Tensor, model, special: set[int]) -> None:
+    config, said = getattr(model, "config", None), f"{ids.dtype} {tuple(ids.shape)}"
+    _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"sequences, template or prompt is {said}; pass a LongTensor [B, L] of ids")
+    if config:
+        used = special | ({int(ids.min()), int(ids.max())} if ids.numel() else set())
+        outside = not 0 <= min(used) <= max(used) < config.vocab_size
+        _refuse(outside, f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}")
+
+
+def _check_times(t: float | Tensor, sequences: Tensor, lowest: float) -> Tensor:
     t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device)
-    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != sequences.shape[0]):
-        raise ValueError(f"t has shape {tuple(t.shape)}; pass one number or one per sequence ({sequences.shape[0]})")
-    inside = (t >= 0 if lowest_included else t > 0) & (t <= 1)
-    if not bool(inside.all()):
-        raise ValueError(f"t must lie in {'[' if lowest_included else '('}0, 1], got {t.tolist()}")
-    return t.expand(sequences.shape[0])
+    rows, inside = len(sequences), (t >= lowest) & (t <= 1)
+    _refuse(t.ndim > 1 or (t.ndim == 1 and len(t) != rows), f"t has shape {tuple(t.shape)}; pass one number or {rows}, one a row")
+    _refuse(not bool(inside.all()), f"t={t.tolist()}: pass times in {'(' if lowest else '['}0, 1]")
+    return t.expand(rows)
 
 
+def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.bool), lowest: float = 0.0) -> Callable:
+    """Decorator that checks arguments by their names and fills in defaults, so that what is below it reads as its equation.
+
+    `maskable`: from ids [B, L] to BoolTensor[B, L], the default of what may be masked or is counted; `lowest`: of the times.
+    """
+    def decorate(function):
+        signature = inspect.signature(function)
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            a = bound.arguments
+            ids = next(a[name] for name in ("sequences", "template", "prompt") if name in a)
+            special = {a[name] for name in ("mask_id", "start_id") if name in a} | set(a.get("forbidden", ()))
+            _check_ids(ids, a.get("model"), special)
+            for name in {"maskable", "mask", "counted"} & a.keys():
+                default = (ids != a["pad_id"]) if "pad_id" in a else maskable(ids)
+                a[name] = default if a[name] is None else a[name]
+                wrong = a[name].shape != ids.shape or a[name].dtype != torch.bool
+                _refuse(wrong, f"{name} is {a[name].dtype} {tuple(a[name].shape)}; pass bool {tuple(ids.shape)}")
+            for name in {"steps", "n_samples", "length"} & a.keys():
+                _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
+            if a.get("t") is not None:
+                a["t"] = _check_times(a["t"], ids, lowest)
+            if "temperature" in a:
+                _check_sampling(ids, a)
+            return function(*bound.args, **bound.kwargs)
+        return wrapped
+    return decorate
+
+
+@_checked()
 def forward_process(sequences: Tensor, t: float | Tensor, mask_id: int, maskable: Tensor | None = None,
-                    generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mask each maskable token of sequences LongTensor[B, L] independently with probability t (Eqs. 7-8).
+                    generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Mask each token of sequences [B, L] with probability t, [B] or one number: x_t and what is masked, both [B, L] (Eqs. 7-8).
 
-    `t`: time in [0, 1], one number or FloatTensor[B]; `maskable`: BoolTensor[B, L], default everything. Returns the masked
-    sequences LongTensor[B, L], and BoolTensor[B, L], true where a token was masked.
+    `maskable`: BoolTensor[B, L], the tokens that may be masked, default all. Returns LongTensor[B, L] and BoolTensor[B, L].
+    ValueError: t outside [0, 1], or shapes that do not fit.
 
     >>> ids, generator = torch.tensor([[5, 6, 7, 8, 9, 5]]), torch.Generator().manual_seed(0)
     >>> forward_process(ids, 0.5, MASK_ID, generator=generator)[0].tolist()
     [[1, 6, 1, 1, 1, 5]]
     """
-    maskable = _check_maskable(sequences, maskable)
-    t = _check_times(t, sequences, lowest_included=True)
     mask = (_uniform(sequences.shape, sequences, generator) < t[:, None]) & maskable
     return sequences.masked_fill(mask, mask_id), mask
 
@@ -380,24 +413,30 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
 
 # 4. Losses: both models minimise a weighted negative log-likelihood of (inputs, targets, weight) ----------------------
 POWER = 1.5  # of the masking schedule in training, t = u^POWER; see diffusion_batch
+SMALLEST = torch.finfo(torch.float32).tiny  # t > 0, since 1/t is a weight
 
 
+def real_tokens(sequences: Tensor) -> Tensor:
+    """BoolTensor[B, L]: everything but padding, what pre-training learns."""
+    return sequences != PAD_ID
+
+
+@_checked(real_tokens, lowest=SMALLEST)
 def diffusion_batch(sequences: Tensor, generator: torch.Generator | None = None, maskable: Tensor | None = None,
-                    mask_id: int = MASK_ID, t: float | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Inputs x_t, targets x_0 and the weights of Eq. 3: 1 / (t_b n_b) on masked tokens, n_b the maskable ones of row b.
+                    mask_id: int = MASK_ID, t: float | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs x_t, targets x_0 and weights, all [B, L]: 1/t on masked tokens, over the n maskable ones of the row (Eq. 3).
 
-    A window's gradient is the noisier, the smaller t is. So small t are drawn more often by default: t = u^p with stratified u,
-    p = `POWER`, and dt = p u^(p-1) du enters the weight, so that the expectation stays that of Eq. 3 (a polynomial schedule of
-    MD4, Shi et al. 2024: mask with probability u^p, weight p / u).
+    Small t are drawn more often by default: t = u^p with stratified u, p = `POWER`, and dt = p u^(p-1) du enters the weight, so
+    that the expectation stays that of Eq. 3 (a polynomial schedule of MD4, Shi et al. 2024: mask with probability u^p, weight
+    p / u). `maskable`: BoolTensor[B, L], default all but padding. ValueError: t outside (0, 1], or shapes that do not fit.
     """
-    maskable = _check_maskable(sequences, sequences != PAD_ID if maskable is None else maskable)
-    density = 1.0
+    dt_du, n = 1.0, maskable.sum(dim=1).clamp(min=1)
     if t is None:
         u = stratified_times(len(sequences), generator).to(sequences.device)
-        t, density = u**POWER, POWER * u ** (POWER - 1)
-    t = _check_times(t, sequences, lowest_included=False)
+        t, dt_du = u**POWER, POWER * u ** (POWER - 1)
     inputs, mask = forward_process(sequences, t, mask_id, maskable, generator)
-    return inputs, sequences, mask * (density / (t * maskable.sum(dim=1).clamp(min=1)))[:, None]
+    weight = mask / t[:, None] * (dt_du / n)[:, None]
+    return inputs, sequences, weight
 
 
 def next_token_batch(sequences: Tensor, generator: torch.Generator | None = None, counted: Tensor | None = None,
@@ -408,11 +447,6 @@ def next_token_batch(sequences: Tensor, generator: torch.Generator | None = None
     return inputs, sequences, counted * (len(sequences) / counted.sum().clamp(min=1))
 
 
-def real_tokens(sequences: Tensor) -> Tensor:
-    """BoolTensor[B, L]: everything but padding, what pre-training learns."""
-    return sequences != PAD_ID
-
-
 def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """Mean over rows of sum_i weight_i * -log p(target_i | inputs). Positions of weight 0 are never looked at."""
     counted = weight > 0
@@ -420,11 +454,12 @@ def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: 
     return (nll * weight[counted]).sum() / len(inputs)
 
 
+@_checked(lowest=SMALLEST)
 def llada_loss(model: MaskPredictor, sequences: Tensor, mask_id: int, t: float | Tensor | None = None,
-               maskable: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """The LLaDA loss, nats per maskable token; its expectation is the NELBO (Eqs. 3, 4; Eq. 5 if the prompt is not maskable).
+               maskable: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Eq. 3: mean over sequences [B, L] of (1/t) * (sum of the masked tokens' cross-entropies) / n, nats per token.
 
-    Mean over sequences x_0 LongTensor[B, L] of (1/t_b) * (sum of cross-entropies over masked tokens) / (number of maskable ones).
+    Its expectation is the NELBO (Eq. 4); Eq. 5 where the prompt is not maskable. n: the maskable tokens of the row.
     t: in (0, 1], one number or FloatTensor[B], default as `diffusion_batch` draws it. maskable: BoolTensor[B, L], default all.
 
     >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely: ln 8 = 2.08 nats
@@ -432,8 +467,8 @@ def llada_loss(model: MaskPredictor, sequences: Tensor, mask_id: int, t: float |
     >>> round(float(llada_loss(blank, ids, MASK_ID)), 1)
     2.1
     """
-    maskable = torch.ones_like(sequences, dtype=torch.bool) if maskable is None else maskable
-    return weighted_nll(model, *diffusion_batch(sequences, generator, maskable, mask_id, t))
+    inputs, targets, weight = diffusion_batch(sequences, generator, maskable, mask_id, t)
+    return weighted_nll(model, inputs, targets, weight)
 
 
 def next_token_loss(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
@@ -849,6 +884,18 @@ class Generation:
     def __post_init__(self):
         self.confidence = torch.ones_like(self.ids, dtype=torch.float) if self.confidence is None else self.confidence
 
+    @classmethod
+    def of(cls, template: Tensor) -> "Generation":
+        """The beginning: nothing is committed, all that is not masked was given."""
+        return cls(template, torch.full_like(template, -1), nfe=0)
+
+    def commit(self, step: int, stay: Tensor, tokens: Tensor, probs: Tensor) -> None:
+        """One pass more: `tokens` [B, L], of distributions [B, L, V], become final where BoolTensor[B, L] `stay` is true."""
+        if not bool(stay.any()):
+            raise ValueError("the strategy commits nothing where the schedule wants something; return a masked position")
+        self.ids, self.order, self.nfe = self.ids.where(~stay, tokens), self.order.masked_fill(stay, step), self.nfe + 1
+        self.confidence = self.confidence.where(~stay, probs.gather(-1, tokens[..., None])[..., 0].float())
+
     def state_after(self, step: int, mask_id: int = MASK_ID) -> Tensor:
         """LongTensor[B, L]: the sequences after `step`; step -1 is the template."""
         return self.ids.masked_fill(self.order > step, mask_id)
@@ -871,26 +918,58 @@ def _inference(function):
     return wrapped
 
 
-def _check_sampling(model: MaskPredictor, length: int, temperature: float, top_p: float) -> None:
-    longest = getattr(getattr(model, "config", None), "seq_len", length)
-    if not (temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature={temperature}, top_p={top_p}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)")
-    if length > longest:
-        raise ValueError(f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+def _float64(x: Tensor) -> Tensor:
+    """x in float64, on the CPU where its device has none (Apple's)."""
+    try:
+        return x.double()
+    except TypeError:
+        return x.cpu().double()
 
 
-def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+def _placed(function):
+    """Decorator: ids on the model's device, whatever it is; on the CPU, but for the model, if that device has no float64."""
+    @functools.wraps(function)
+    def wrapped(model, ids, *args, **kwargs):
+        parameter = next(model.parameters(), ids) if isinstance(model, nn.Module) else ids
+        asked, home = parameter.device, _float64(parameter.detach().flatten()[:0]).device
+        predict = model if home == asked else lambda x: model(x.to(asked)).to(home)
+        args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
+        return _inference(function)(predict, ids.to(home), *args, **kwargs)
+    return wrapped
+
+
+def _check_sampling(ids: Tensor, a: dict) -> None:
+    temperature, top_p, length = a["temperature"], a["top_p"], ids.shape[1] + a.get("length", 0)
+    longest = getattr(getattr(a["model"], "config", None), "seq_len", length)
+    wrong = not (0 <= temperature < math.inf and 0 < top_p <= 1)
+    _refuse(wrong, f"temperature={temperature}, top_p={top_p}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)")
+    _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+    if "prompt" in a:
+        padded = bool((ids == PAD_ID).any())
+        _refuse(padded, "a padded prompt would be continued after its padding; pass prompts of one length, without [PAD]")
+    else:
+        a["remasking"] = named_strategy(a["remasking"], a["generator"], a["block_length"])
+        nothing = not bool((ids == a["mask_id"]).any())
+        _refuse(nothing, "nothing to fill: pass a template with mask_id where tokens are wanted")
+
+
+def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, banned=()) -> Tensor:
     """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else an exact draw from the nucleus.
 
     The draw inverts the cumulative distribution in float64: float32 Gumbel noise would lower the temperature (Zheng et
-    al. 2024, arXiv:2409.02908). ValueError where every token has the logit -inf.
+    al. 2024, arXiv:2409.02908). `banned`: ids that are never drawn. ValueError: logits NaN or infinite (-inf, impossible, is
+    fine), a banned id that is none, a row where every token is banned or impossible.
     """
+    if not bool((logits < math.inf).all()) or any(not 0 <= token < logits.shape[-1] for token in banned):
+        said = f"the logits [..., {logits.shape[-1]}] are not finite, or lack one of the ids {sorted(banned)}"
+        raise ValueError(f"{said}; pass a model without NaN and infinity, mask_id and forbidden ids below vocab_size")
+    logits = logits.index_fill(-1, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -math.inf)
     best, tokens = logits.max(dim=-1)
     if bool(best.isneginf().any()):
         raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
         return tokens
-    probs = ((logits.double() - best[:, None]) / temperature).exp()  # times a constant of the row
+    probs = (_float64(logits - best[:, None]) / temperature).exp()  # times a constant of the row
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(dim=-1) - ranked >= top_p * probs.sum(dim=-1, keepdim=True)] = 0  # the first token always stays
@@ -898,11 +977,18 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     cdf = probs.cumsum(dim=-1)
     total = cdf[:, -1:]
     point = _uniform((len(cdf), 1), cdf, generator, torch.float64) * total
-    return torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)[:, 0]
+    drawn = torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)
+    return drawn[:, 0].to(logits.device)
 
 
-# Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L]
+# Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L].
+# A strategy may bring a `schedule` of its own, see `evenly`: which masks are open at a step, and how many of them are due.
 Strategy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def evenly(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The schedule: all masks [B, L] are open; after the step from t to s floor(n (1 - s)) of a row's n masks [B] are filled."""
+    return masked, masked.sum(dim=1) - n + n * min(step + 1, steps) // steps
 
 
 def highest(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
@@ -933,40 +1019,73 @@ def random_order(generator: torch.Generator | None) -> Strategy:
     return lambda tokens, probs, masked, count: highest(_uniform(masked.shape, masked, generator, torch.float64), masked, count)
 
 
-BUILT_IN = {"low_confidence": low_confidence, "random": None, "ancestral": None, "entropy": entropy, "margin": margin}
+def ancestral(generator: torch.Generator | None) -> Strategy:
+    """The literal reverse process: from t to s each mask stays one with probability s / t, whatever the others do (Eq. 10)."""
+    def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        draws = _uniform(masked.shape, masked, generator, torch.float64)
+        return masked, (masked & (draws * max(1, steps - step) < 1)).sum(dim=1)  # (t - s) / t = 1 / (steps - step)
+    strategy = random_order(generator)
+    strategy.schedule = schedule
+    return strategy
+
+
+def blockwise(strategy: Strategy, length: int) -> Strategy:
+    """The strategy in blocks of `length` masks, from left to right (semi-autoregressive); each gets as many of the steps.
+
+    ValueError, at the first step: blocks that do not divide a row's masks, or the steps.
+    """
+    def opened(masked: Tensor) -> Tensor:  # a block is filled before the next: what is left of it is the remainder
+        return masked & (masked.cumsum(dim=1) <= (masked.sum(dim=1, keepdim=True) - 1) % length + 1)
+
+    def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        longest = int(n.max())
+        if length < 1 or (length != longest and bool((n % length).any())):
+            raise ValueError(f"block_length={length}: pass a positive divisor of the number of masks {n.tolist()}")
+        blocks = -(-longest // length)
+        if steps % blocks:
+            raise ValueError(f"steps={steps}: pass a positive multiple of the number of blocks, {blocks}")
+        block, step = divmod(step, steps // blocks)
+        ahead = (n - masked.sum(dim=1)) // length > block  # such a row waits
+        inside, due = getattr(strategy, "schedule", evenly)(opened(masked), n.clamp(max=length), step, steps // blocks)
+        return inside & ~ahead[:, None], due.masked_fill(ahead, 0)
+
+    def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
+        inside = opened(masked)
+        return strategy(tokens, probs, inside, count.minimum(inside.sum(dim=1)))
+
+    commit.schedule = schedule
+    return commit
+
+
+BUILT_IN = {"low_confidence": lambda _: low_confidence, "random": random_order, "ancestral": ancestral,
+            "entropy": lambda _: entropy, "margin": lambda _: margin}
 REMASKING = tuple(BUILT_IN)
 
 
-def _blocks(masked: Tensor, steps: int, block_length: int | None) -> tuple[Tensor, int]:
-    """The number of each masked position's block, LongTensor[B, L] (-1 where nothing is masked), and how many there are."""
-    n_masks = masked.sum(dim=1)
-    longest = int(n_masks.max())
-    block_length = longest if block_length is None else block_length
-    if not longest:
-        raise ValueError("nothing to fill: pass a template with mask_id where tokens are wanted")
-    if block_length < 1 or (block_length != longest and bool((n_masks % block_length).any())):
-        raise ValueError(f"block_length={block_length}: pass a positive divisor of the number of masks {n_masks.tolist()}")
-    n_blocks = -(-longest // block_length)
-    if steps < 1 or steps % n_blocks:
-        raise ValueError(f"steps={steps}: pass a positive multiple of the number of blocks, {n_blocks}")
-    return torch.where(masked, (masked.cumsum(dim=1) - 1) // block_length, -1), n_blocks
+def named_strategy(remasking: str | Strategy, generator: torch.Generator | None, block_length: int | None = None) -> Strategy:
+    """The strategy of that name, one of `REMASKING`, or the function itself; in blocks, if they have a length."""
+    unknown = not callable(remasking) and remasking not in REMASKING
+    _refuse(unknown, f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
+    strategy = remasking if callable(remasking) else BUILT_IN[remasking](generator)
+    return strategy if block_length is None else blockwise(strategy, block_length)
 
 
-@_inference
-def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, steps: int, temperature: float = 0.0,
-                    top_p: float = 1.0, remasking: str | Strategy = "low_confidence", block_length: int | None = None,
-                    forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:  # fmt: skip
-    """Fill every [MASK] of the template LongTensor[B, L], some positions per step, from t = 1 to t = 0; other tokens are kept.
+@_checked()
+@_placed
+def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, steps: int, temperature=0.0, top_p=1.0,
+                    remasking: str | Strategy = "low_confidence", block_length: int | None = None,
+                    forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
+    """Fill every [MASK] of the template [B, L], from t = 1 to t = 0: after a step to s, n (1 - s) of n are filled (Algs. 4, 5).
 
-    After the step from t to s, floor(n (1 - s)) of a row's n masks are filled. `remasking` says which first: "low_confidence"
-    (Alg. 5), "random" (Alg. 4 with fixed counts), "entropy" and "margin", which do not look at what was drawn, "ancestral" (each
-    mask with probability (t - s) / t, the literal reverse process, Eq. 10), or a `Strategy`, which may commit more or fewer.
+    `remasking` says which tokens stay: "low_confidence" (Alg. 5), "random" (Alg. 4 with fixed counts), "entropy" and "margin",
+    which do not look at what was drawn, "ancestral" (each mask with probability (t - s) / t, the literal reverse process,
+    Eq. 10), or a `Strategy`, which may commit more or fewer. Given tokens are kept.
 
     steps: forward passes, shared out evenly over the blocks; a step in which the schedule wants nothing costs none, a strategy
     that falls behind gets further ones. temperature: 0 is argmax, otherwise exact categorical sampling from the nucleus of mass
-    `top_p`. block_length: fill the masks in consecutive groups of this many, left to right (semi-autoregressive). forbidden: ids
-    never to produce; [MASK] never is. ValueError: an argument out of range, blocks that do not divide masks or
-    steps, nothing to fill, a template longer than the model's `seq_len`, an unknown strategy, or one that commits nothing.
+    `top_p`. block_length: short for `blockwise`, groups of this many masks from left to right. forbidden: ids never to produce;
+    [MASK] never is. ValueError: an argument out of range, blocks that do not divide masks or steps, nothing to fill, a template
+    longer than the model's `seq_len`, an unknown strategy, one that commits nothing, logits that are not finite.
 
     >>> def predict(ids):  # sure of 4, 5, 6, 7, and the surer the further right
     ...     return (torch.eye(8)[4:] * torch.arange(1, 5)[:, None]).expand(len(ids), -1, -1)
@@ -974,43 +1093,19 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
     >>> made.ids.tolist(), made.order.tolist(), made.nfe
     ([[4, 5, 6, 7]], [[2, -1, 1, 0]], 3)
     """
-    if template.ndim != 2:
-        raise ValueError(f"template has shape {tuple(template.shape)}; pass ids of shape [B, L]")
-    _check_sampling(model, template.shape[1], temperature, top_p)
-    if not callable(remasking) and remasking not in REMASKING:
-        raise ValueError(f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
-    strategy = remasking if callable(remasking) else BUILT_IN[remasking] or random_order(generator)
-    block_of, n_blocks = _blocks(template == mask_id, steps, block_length)
-    banned = torch.tensor(sorted({mask_id, *forbidden}), device=template.device)
-    per_block = steps // n_blocks
-    ids, order, nfe = template.clone(), torch.full_like(template, -1), 0
-    confidence = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
-    for block in range(n_blocks):
-        size, first = (block_of == block).sum(dim=1), max(block * per_block, int(order.max()) + 1)
-        for step in itertools.count():
-            masked = (block_of == block) & (ids == mask_id)  # [B, L]
-            left = masked.sum(dim=1)
-            if not bool(left.any()):
-                break
-            count = left - size + size * min(step + 1, per_block) // per_block  # so that size * (1 - s) are filled
-            if remasking == "ancestral":  # each mask with probability (t - s) / t
-                draws = _uniform(ids.shape, ids, generator, torch.float64)
-                count = (masked & (draws * max(1, per_block - step) < 1)).sum(dim=1)
-            if not bool((count > 0).any()):
-                continue
-            logits = model(ids)[masked]  # [M, V]
-            drawn = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
-            tokens = ids.masked_scatter(masked, drawn)
-            probs = torch.zeros((*ids.shape, logits.shape[-1]), dtype=torch.float64, device=ids.device)
+    made, n, schedule = Generation.of(template), (template == mask_id).sum(dim=1), getattr(remasking, "schedule", evenly)
+    for step in itertools.count():
+        masked, due = schedule(made.ids == mask_id, n, step, steps)  # x_t, and how many are filled on the way to s
+        if bool((due > 0).any()):
+            logits = model(made.ids)[masked]  # predict
+            drawn = sample_tokens(logits, temperature, top_p, generator, {mask_id, *forbidden})  # draw
+            tokens = template.masked_scatter(masked, drawn)
+            probs = logits.new_zeros(*masked.shape, logits.shape[-1], dtype=torch.float64)
             probs[masked] = logits.double().softmax(dim=-1)
-            commit = strategy(tokens, probs, masked, count.clamp(min=0)) & masked
-            if not bool(commit.any()):
-                raise ValueError("the strategy commits nothing where the schedule wants something; return a masked position")
-            ids = torch.where(commit, tokens, ids)
-            confidence = torch.where(commit, probs.gather(-1, tokens[..., None])[..., 0], confidence)
-            order[commit] = first + step
-            nfe += 1
-    return Generation(ids, order, nfe, confidence.float())
+            stay = remasking(tokens, probs, masked, due.clamp(min=0)) & masked  # decide which stay
+            made.commit(step, stay, tokens, probs)  # the rest is masked again
+        if not bool((made.ids == mask_id).any()):
+            return made
 
 
 def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **options) -> list[str]:
@@ -1024,32 +1119,30 @@ def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **o
         if len(pieces) < 3:
             raise ValueError(f"{text!r} has no blank: mark one with [___], an underscore for each character")
         rows.append(torch.cat([torch.full((len(p),), MASK_ID) if i % 2 else tokenizer.encode(p) for i, p in enumerate(pieces)]))
-    (template,) = _on_device(model, nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID))
+    template = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
     made = reverse_process(model, template, mask_id=MASK_ID, forbidden=(PAD_ID, START_ID, END_ID), **options)
     return [tokenizer.decode(row) for row in made.ids]
 
 
+@_checked()
 @_inference
-def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: int, temperature: float = 1.0, top_p: float = 1.0,
-                forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:  # fmt: skip
-    """Continue prompt LongTensor[B, P] by `length` tokens, left to right (Eq. 2); ids are [B, P + length].
+def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: int, temperature=1.0, top_p=1.0,
+                forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
+    """Continue prompt [B, P] by `length` tokens, left to right, each drawn from p(x_i | x_1 ... x_{i-1}) (Eq. 2).
 
-    Our Transformer decodes with cached keys and values, any other causal callable is asked for the whole prefix each time.
+    Our Transformer decodes with cached keys and values, any other causal callable is asked for the whole prefix each time. The
+    ids are LongTensor[B, P + length]. ValueError: an argument out of range, a padded prompt, more tokens than `seq_len`.
 
     >>> successor = lambda ids: 9 * torch.eye(8)[(ids + 1).clamp(max=7)]  # after 4 comes 5, after 5 comes 6, ...
     >>> generate_ar(successor, torch.tensor([[4, 5]]), 2, start_id=START_ID).ids.tolist()
     [[4, 5, 6, 7]]
     """
-    if prompt.ndim != 2 or length < 1:
-        raise ValueError(f"prompt {tuple(prompt.shape)}, length={length}: pass ids of shape [B, P] and length >= 1")
-    _check_sampling(model, prompt.shape[1] + length, temperature, top_p)
-    banned = torch.tensor(sorted(set(forbidden)), dtype=torch.long, device=prompt.device)
     cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
     ids, confidence = F.pad(prompt, (1, 0), value=start_id), [torch.ones(prompt.shape, device=prompt.device)]
     for _ in range(length):
         new = {"cache": cache, "start": cache.length} if cache else {}  # with a cache only what it has not seen: first the prompt
         logits = model(ids[:, new.get("start", 0) :], **new)[:, -1]
-        tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)[:, None]
+        tokens = sample_tokens(logits, temperature, top_p, generator, forbidden)[:, None]
         confidence.append(logits.softmax(dim=-1).gather(-1, tokens))
         ids = torch.cat((ids, tokens), dim=1)
     order = torch.arange(-prompt.shape[1], length, device=ids.device).clamp(min=-1).expand(len(ids), -1)
@@ -1057,37 +1150,31 @@ def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: 
 
 
 # 7. Likelihood -------------------------------------------------------------------------------------------------------
-def _nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """FloatTensor[R, L], -log p(target) at counted positions, 0 elsewhere; at most 2^14 tokens per forward pass."""
-    result = torch.zeros(inputs.shape, device=inputs.device)
-    size = max(1, 2**14 // inputs.shape[1])
-    for part, ids, truth, wanted in zip(*(x.split(size) for x in (result, inputs, targets, counted))):
+def token_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """FloatTensor[..., L], -log p(target | inputs) at counted positions, 0 elsewhere; at most 2^14 tokens per forward pass."""
+    result, L = torch.zeros(inputs.shape, device=inputs.device), inputs.shape[-1]
+    rows = (x.reshape(-1, L).split(max(1, 2**14 // L)) for x in (result, inputs, targets, counted))
+    for part, ids, truth, wanted in zip(*rows):
         part[wanted] = F.cross_entropy(model(ids)[wanted].float(), truth[wanted], reduction="none")
     return result
 
 
-def _on_device(model, *tensors: Tensor):
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return tensors if parameter is None else [t.to(parameter.device) for t in tensors]
-
-
-@_inference
+@_checked()
+@_placed
 def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None) -> Tensor:
-    """Exact -log p of each sequence under the AR model, FloatTensor[B], nats (Eq. 2).
+    """Exact -log p of each sequence [B, L] under the AR model, sum_i -log p(x_i | x_1 ... x_{i-1}), FloatTensor[B], nats (Eq. 2).
 
     `counted` BoolTensor[B, L], default all but padding: the tokens whose conditional probabilities enter, given all before them.
     """
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
-    counted = sequences != pad_id if counted is None else _check_maskable(sequences, counted)
-    sequences, inputs, counted = _on_device(model, sequences, inputs, counted)
-    return _nll(model, inputs, sequences, counted).sum(dim=1)
+    return token_nll(model, inputs, sequences, counted).sum(dim=1)
 
 
-@_inference
+@_checked()
+@_placed
 def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
     """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
-    sequences, mask = _on_device(model, sequences, _check_maskable(sequences, mask))
-    return _nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
+    return token_nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
 
 
 def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -1096,31 +1183,33 @@ def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | No
     return noise.argsort(dim=-1).argsort(dim=-1) < count[..., None]
 
 
-@_inference
-def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
-          generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """Unbiased estimate of an upper bound on -log p of each sequence, FloatTensor[B], nats (Eqs. 4 and 6).
+def stratified_shares(n_samples: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """DoubleTensor[K, B]: row k uniform in [k / K, (k + 1) / K); the B rows of `like` share each stratum in a random order."""
+    rank = _uniform((n_samples, len(like)), like, generator).argsort(dim=1)
+    shift = (_uniform((n_samples, 1), like, generator, torch.float64) + rank / len(like)) % 1
+    return (torch.arange(n_samples, device=like.device)[:, None] + shift) / n_samples
 
-    Each of a row's K = `n_samples` masks hides exactly l of its n `maskable` tokens (BoolTensor[B, L], default all) and weighs
-    their cross-entropies by n / l. l is stratified: mask k draws l / n uniformly from [k / K, (k + 1) / K), and the rows share
-    each such stratum in a random order. ValueError: n_samples < 1, or shapes that do not fit.
+
+@_checked()
+@_placed
+def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
+          generator: torch.Generator | None = None) -> Tensor:
+    """Bound on -log p of sequences [B, L], [B] nats: for each stratum l, mask exactly l of n, n/l times their cost (Eqs. 4, 6).
+
+    An unbiased estimate of an upper bound. Each of a row's K = `n_samples` masks hides exactly l of its n `maskable` tokens
+    (BoolTensor[B, L], default all); mask k draws l / n uniformly from [k / K, (k + 1) / K), and the rows share each such stratum
+    in a random order. ValueError: n_samples < 1, or shapes that do not fit.
 
     >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
     >>> (nelbo(blank, torch.tensor([[4, 5, 6, 7]]), MASK_ID, n_samples=4) / math.log(8)).round(decimals=3).tolist()
     [4.0]
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}: pass at least 1")
-    sequences, maskable = _on_device(model, sequences, _check_maskable(sequences, maskable))
-    (B, L), n = sequences.shape, maskable.sum(dim=1)
-    rank = _uniform((n_samples, B), sequences, generator).argsort(dim=1)
-    shift = (_uniform((n_samples, 1), sequences, generator, torch.float64) + rank / B) % 1
-    s = (torch.arange(n_samples, device=n.device)[:, None] + shift) / n_samples  # [K, B], stratified in [0, 1)
-    count = torch.minimum((n * s).long() + 1, n)  # l
+    n = maskable.sum(dim=1)  # [B]
+    count = torch.minimum((n * stratified_shares(n_samples, sequences, generator)).long() + 1, n)  # l, [K, B]
     mask = exact_masks(count, maskable, generator)  # [K, B, L]
-    rows, hidden = sequences.expand_as(mask).reshape(-1, L), mask.reshape(-1, L)
-    nll = _nll(model, rows.masked_fill(hidden, mask_id), rows, hidden).view_as(mask).double()
-    return (n / count.clamp(min=1) * nll.sum(dim=-1)).mean(dim=0).float()
+    x_0 = sequences.expand_as(mask)
+    nll = token_nll(model, x_0.masked_fill(mask, mask_id), x_0, mask).sum(dim=-1, dtype=torch.float64)
+    return (n / count.clamp(min=1) * nll).mean(dim=0).float()
 
 
 # 8. Evaluation -------------------------------------------------------------------------------------------------------

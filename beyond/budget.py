@@ -124,7 +124,7 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
 
     def continued(model: H.Transformer, some: Tensor) -> Tensor:
         options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
-        return quality.write(model, *H._on_device(model, some), **options).ids
+        return quality.write(model, some.to(model.head.weight.device), **options).ids
 
     def measure(job: H.Job, run: H.Run) -> dict:
         nats, interval = H.per_character(*validation_nats(run.model, val_ids, preset.nelbo_samples))

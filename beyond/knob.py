@@ -112,7 +112,7 @@ def infilled(model: H.Transformer, truth: Tensor, hole: slice) -> list[bool]:
     >>> infilled(model, torch.tensor([[5, 6, 4, 4, 7], [5, 6, 4, 8, 7]]), slice(2, 4))  # blank: the first that is allowed
     [True, False]
     """
-    (truth,) = H._on_device(model, truth)
+    truth = truth.to(model.head.weight.device)
     template = truth.clone()
     template[:, hole] = H.MASK_ID
     made = fill(model, template, block_length_of(model), temperature=0).ids
@@ -148,7 +148,7 @@ def knob_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
         length = block_length_of(run.model)
         line = {"block length": length, "nats/char": nats, "95% ±": interval, "infilled": rate, "infilled ±": margin}
         for name, count in passes(length).items():
-            made = fill(run.model, *H._on_device(run.model, template), count, 1.0, torch.Generator().manual_seed(0))
+            made = fill(run.model, template, count, 1.0, torch.Generator().manual_seed(0))
             found = {"passes": made.nfe} | {key: x for key, x in scores(made.ids).items() if key.removesuffix(" ±") in SCORES}
             line |= {f"{key} ({name})": x for key, x in found.items()}
         return line
