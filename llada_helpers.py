@@ -211,7 +211,7 @@ def _check_ids(ids: Tensor, model, special: set[int]) -> None:
     config, said = getattr(model, "config", None), f"{ids.dtype} {tuple(ids.shape)}"
     _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"sequences, template or prompt is {said}; pass a LongTensor [B, L] of ids")
     if config:
-        used = special | ({int(ids.min()), int(ids.max())} if ids.numel() else set())
+        used = special | ({int(ids.min()), int(ids.max())} if ids.numel() and ids.device.type == "cpu" else set())  # no GPU waits
         outside = not 0 <= min(used) <= max(used) < config.vocab_size
         _refuse(outside, f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}")
 
@@ -471,6 +471,7 @@ def llada_loss(model: MaskPredictor, sequences: Tensor, mask_id: int, t: float |
     return weighted_nll(model, inputs, targets, weight)
 
 
+@_checked()
 def next_token_loss(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
     """Mean AR cross-entropy, nats per token that is not padding; the first token is scored given [START] (Eq. 2)."""
     return weighted_nll(model, *next_token_batch(sequences, None, None, start_id, pad_id))
