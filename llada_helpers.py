@@ -248,7 +248,7 @@ def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.b
                 _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
             if a.get("t") is not None:
                 a["t"] = _check_times(a["t"], ids, lowest)
-            if "temperature" in a:
+            if "top_p" in a:
                 _check_sampling(ids, a)
             return function(*bound.args, **bound.kwargs)
         return wrapped
