@@ -153,19 +153,20 @@ def in_turns(text: str, layout: Layout) -> Talk:
     return [(a, letters[i % len(letters)], b) for i, (a, b) in enumerate(itertools.pairwise(pieces))]
 
 
-def talks(train_text: str, val_text: str, layout: Layout) -> tuple[Talk, Talk]:
-    r"""The dialogue of both parts of a play, cut out separately, so that no speech is in both; of any other text, `in_turns`.
+def talks(train_text: str, val_text: str, test_text: str, layout: Layout) -> tuple[Talk, Talk, Talk]:
+    r"""The dialogue of three parts of a play, cut out separately, so that no speech is in two; of any other text, `in_turns`.
 
-    A play is what has at least four speakers that speak in both parts.
+    A play is what has at least four speakers that speak in training and validation, and speeches in the test text.
 
     >>> play = "\n\n".join(f"{name}:\nhi" for name in "ABCD")
     >>> layout = Layout(H.CharTokenizer.from_text(play + "no"), 16)
-    >>> [talk[0] for talk in talks(play, play, layout)], talks(play, "no hi" * 5, layout)[1]
-    ([('', 'A', 'hi'), ('', 'A', 'hi')], [('no hino h', 'h', 'ino hino ')])
+    >>> [talk[0] for talk in talks(play, play, play, layout)], talks(play, "no hi" * 5, play, layout)[1]
+    ([('', 'A', 'hi'), ('', 'A', 'hi'), ('', 'A', 'hi')], [('no hino h', 'h', 'ino hino ')])
     """
-    parts = dialogue(train_text), dialogue(val_text)
-    speakers = [{who for _, who, _ in part} for part in parts]
-    return parts if len(speakers[0] & speakers[1]) >= 4 else (in_turns(train_text, layout), in_turns(val_text, layout))
+    texts = (train_text, val_text, test_text)
+    parts = tuple(map(dialogue, texts))
+    known, heard, _ = ({who for _, who, _ in part} for part in parts)
+    return parts if len(known & heard) >= 4 and parts[2] else tuple(in_turns(text, layout) for text in texts)
 
 
 def full_prompts(rows: Tensor, layout: Layout, count: int) -> Tensor:

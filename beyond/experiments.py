@@ -22,10 +22,12 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond import ablations, blocks, budget, crossover, knob, quality, recipe, schedule, sweep, tuning, vocabulary
+from beyond.quality import parts
 from beyond.seeds import over_seeds
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
+BEFORE = "text of the last 20%, later validation and test"  # what tables that do not say it were scored on
 
 
 def characters(sequences: Tensor, learned: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -43,12 +45,12 @@ class Row(NamedTuple):
 
     line: dict
     curves: list[pd.DataFrame]
-    sequences: Tensor  # LongTensor[N, L], the windows of the validation
+    sequences: Tensor  # LongTensor[N, L], the validation windows
     learned: Tensor  # BoolTensor[N, L]
     nats: Tensor  # FloatTensor[seeds, N]
 
 
-Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training; its "nats/char" replaces that of validation
+Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training, which replace those of the same name
 
 
 def _row(
@@ -61,7 +63,7 @@ def _row(
     counts = characters(sequences, learned, lengths)
     nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs])
     each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
-    result = Row({"row": row}, [], sequences, learned, nats)
+    result = Row({"row": row, "scored on": "validation"}, [], sequences, learned, nats)
     line = result.line
     line["nats/char"], line["95% ±"] = H.per_character(nats.mean(dim=0), counts)
     if measure:  # what is no number is that of the first seed
@@ -113,7 +115,8 @@ def run_jobs(
         compiled: torch.compile the blocks of our Transformers.
         only: rows that match this regular expression; nothing is written then.
         lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
-        measure: further columns, a mean over seeds each; its "nats/char" takes the place of the one on the validation's windows.
+        measure: further columns, a mean over seeds each; its "nats/char" takes the place of that of the validation windows, and
+            "scored on" then says of which text it is.
 
     >>> import os, tempfile
     >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
@@ -181,8 +184,9 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
             print(f"{name}: the full suite, read from {tables / name}.csv")
             return known, curves
         if len(curves) and marks.keys() == wanted.keys() and tables == results.tables == COMMITTED:
-            made = f"made at commit {known['commit'].iloc[0]} by earlier code (python -m beyond.experiments {name} remakes it)"
-            print(f"{name}: the full suite, read from {tables / name}.csv, {made}")
+            made = f"made at commit {', '.join(sorted({*known['commit']} - {'none'}))} by earlier code"
+            scored = f"scored on {known['scored on'][0] if 'scored on' in known else BEFORE}"
+            print(f"{name}: the full suite, read from {tables / name}.csv, {made} and {scored}; the command line remakes it")
             return known, curves
     table = run_jobs(results, name, short, quiet=True, **options)
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")
@@ -271,7 +275,7 @@ def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict]:
     (200, [2, 1], {'lengths': None, 'measure': None})
     """
     tokenizer = H.CharTokenizer.from_text(text)
-    data = (tokenizer.vocab_size, *H.split(tokenizer.encode(text)))
+    data = (tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
     known = SUITES[name]
     small, large = known.sizes[preset.name]
     (full, lengths), (short, _) = (known.jobs(preset, size, text, data) for size in (large, small))
@@ -326,12 +330,12 @@ def swept(
 
 def _sweep_decoders(preset: H.Preset, text: str) -> pd.DataFrame:
     tokenizer = H.CharTokenizer.from_text(text)
-    train_ids, val_ids = H.split(tokenizer.encode(text))
+    train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
     jobs, sizes = preset.jobs(tokenizer.vocab_size, train_ids, val_ids), sweep.SIZES[preset.name][1]
     runs = {name: _train(f"{preset.name}-{name.lower()}", job, compiled=preset.compiled) for name, job in jobs.items()}
     models = {name: run.model for name, run in runs.items()}
     measure = quality.Measure(models, tokenizer, text[: len(train_ids)])
-    made = sweep.sweep(models, measure, H.windows(val_ids, preset.seq_len), sizes)
+    made = sweep.sweep(models, measure, H.windows(test_ids, preset.seq_len), sizes)
     return sweep.averaged(save_sweep(H.Results(preset, text), jobs, sizes, made))
 
 
@@ -373,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = H.load_text()
     if arguments.command == "train":
         tokenizer = H.CharTokenizer.from_text(text)
-        jobs = preset.jobs(tokenizer.vocab_size, *H.split(tokenizer.encode(text)))
+        jobs = preset.jobs(tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
         job = jobs[{"llada": "LLaDA", "ar": "AR"}[arguments.model]]
         run = H.train(f"{preset.name}-{arguments.model}", job, compiled=preset.compiled)
         print(json.dumps({"run": str(run.path), **{key: run.summary[key] for key in ("best", "steps", "tokens", "seconds")}}))

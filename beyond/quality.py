@@ -17,6 +17,18 @@ PREFIX = 16  # characters of real text to go on from
 SPECIAL = (H.PAD_ID, H.START_ID, H.END_ID)  # never to be written; [MASK] never is
 
 
+def parts(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test: the first 80% of ids [n], the next 10%, the last 10%.
+
+    What is chosen (checkpoints, recipes) is chosen by the validation text; final models are reported on the test text.
+
+    >>> [part.tolist() for part in parts(torch.arange(10))]
+    [[0, 1, 2, 3, 4, 5, 6, 7], [8], [9]]
+    """
+    train_ids, rest = H.split(ids)
+    return train_ids, *H.split(rest, 0.5)
+
+
 def prompts(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`count` real windows [count, L] from all over a text, and templates that keep their first PREFIX characters.
 

@@ -146,7 +146,7 @@ def speakers_table(tuned: dict, layout: Layout, train_talk: Talk, val_talk: Talk
     return pd.DataFrame(lines)
 
 
-def addressed(names: list[str], val_talk: Talk, val_text: str, layout: Layout, count: int) -> list[tuple[int, str]]:
+def addressed(names: list[str], talk: Talk, text: str, layout: Layout, count: int) -> list[tuple[int, str]]:
     """(number of the speaker who is to answer, speech before), `count` times: the names in turns, after speeches that fill the
     prompt's place.
 
@@ -154,7 +154,7 @@ def addressed(names: list[str], val_talk: Talk, val_text: str, layout: Layout, c
     >>> addressed(["A", "B"], [("hi hi", "A", ""), ("hi", "B", "")], "", layout, count=3)
     [(0, 'hi hi'), (1, 'hi hi'), (0, 'hi hi')]
     """
-    pool = [before for before, _, _ in val_talk if len(before) >= layout.prompt_len] or [val_text[: layout.prompt_len]]
+    pool = [before for before, _, _ in talk if len(before) >= layout.prompt_len] or [text[: layout.prompt_len]]
     return [(i % len(names), pool[i * len(pool) // count]) for i in range(count)]
 
 

@@ -19,7 +19,7 @@ from beyond.vocabulary import multiplications
 
 TEXT = "to be, or not to be: that is the question. " * 40
 TOKENIZER = h.CharTokenizer.from_text(TEXT)
-TRAIN, VAL = h.split(TOKENIZER.encode(TEXT))
+TRAIN, VAL, TEST = quality.parts(TOKENIZER.encode(TEXT))
 DATA = (TOKENIZER.vocab_size, TRAIN, VAL)
 SMOKE = h.PRESETS["smoke"]
 
@@ -65,7 +65,7 @@ def test_measure_is_that_of_part_8(in_folder):
     with_noise(model, 0.1)
     job = SMOKE.jobs(*DATA)["LLaDA"]
     row = budget.budget_measure(SMOKE, TEXT, "to be")(job, h.Run(model, pd.DataFrame(), {}, None))
-    windows = h.windows(VAL, SMOKE.seq_len)
+    windows = h.windows(TEST, SMOKE.seq_len)
     real, seeded = windows != h.PAD_ID, torch.Generator().manual_seed(0)
     nats = h.nelbo(model, windows, h.MASK_ID, n_samples=SMOKE.nelbo_samples, maskable=real, generator=seeded)
     assert row["nats/char"] == h.per_character(nats, real.sum(dim=1))[0]
@@ -75,6 +75,7 @@ def test_measure_is_that_of_part_8(in_folder):
     each = [judge(TOKENIZER.decode(ids), quality.PREFIX) for ids in made.ids]
     assert row["judge nats/char"] == pytest.approx(np.mean(each)) and row["sample"].startswith("to be")
     assert len(row["sample"]) == SMOKE.seq_len and row["TFLOP"] == budget.training_flop(job) / 1e12
+    assert row["scored on"] == "test"
 
 
 def test_measured_columns_replace_and_average(in_folder):

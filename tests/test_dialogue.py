@@ -235,17 +235,19 @@ def test_a_prompt_has_what_the_vocabulary_knows():
 
 def test_a_text_without_speakers_is_cut_into_turns():
     text = "hi no. " * 40
-    train, val = dialogue.talks(text, text[: 4 * LAYOUT.answer_len], LAYOUT)
+    train, val, test = dialogue.talks(text, text[: 4 * LAYOUT.answer_len], text, LAYOUT)
     assert [speech for *_, speech in train[:-1]] == [before for before, *_ in train[1:]]
     assert "".join([train[0][0], *(speech for *_, speech in train)]) == text[: len(train[0][0]) * (len(train) + 1)]
-    assert len({who for _, who, _ in train}) == 4 and len(LAYOUT.rows(train)) == len(train) and val
+    assert len({who for _, who, _ in train}) == 4 and len(LAYOUT.rows(train)) == len(train) and val and test == train
 
 
 def test_three_speakers_are_no_play():
     play = "\n\n".join(f"{who}:\nhi no." for who in "ABCABC")
-    assert dialogue.talks(play, play, LAYOUT)[0][0] != ("", "A", "hi no.")
-    more = [f"{play}\n\nD:\nno" for _ in range(2)]
-    assert dialogue.talks(*more, LAYOUT) == tuple(map(dialogue.dialogue, more))
+    four = f"{play}\n\nD:\nno"
+    for texts in ((play, four, four), (four, play, four), (four, four, "hi no. " * 9)):  # to be tested by no speeches
+        assert dialogue.talks(*texts, LAYOUT)[0][0] != ("", "A", "hi no.")
+    for texts in ((four, four, four), (four, four, play), (four, four, "Z:\nhi no.")):  # others may speak in the test text
+        assert dialogue.talks(*texts, LAYOUT) == tuple(map(dialogue.dialogue, texts))
 
 
 ROWS = LAYOUT.rows([("hi hi hi hi hi", who, speech) for who, speech in zip("ABCD", ("no.", "", "hi hi", "no no no"))])

@@ -1,6 +1,8 @@
 """Losses to compare with, suites of trainings and their tables, where to draw t, the command line."""
 
+import copy
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -20,6 +22,7 @@ from torch import nn
 import llada_helpers as h
 from beyond import ablations, blocks, crossover, experiments, losses, recipe, schedule, vocabulary
 from beyond.experiments import experiment, main, run_jobs, suite
+from beyond.quality import parts
 from beyond.schedule import POWERS, gradient_moment, implied_power
 from beyond.seeds import over_seeds
 
@@ -349,6 +352,20 @@ def test_another_runs_committed_table_stays(lay, full_tables):
     assert Path("figures/tables/t.csv").read_bytes() == full_tables["t"]
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_table_of_earlier_code_says_on_the_page_what_made_it(lay, full_tables, monkeypatch, capsys, scored):
+    """On the named run hours of training tell more than minutes; older tables do not say on what text they were scored."""
+    results = copy.copy(RESULTS)
+    results.tables = experiments.COMMITTED
+    table = pd.read_csv(io.BytesIO(full_tables["t"]), dtype=str).assign(commit=["none", "abc1234"])
+    lay(experiments.COMMITTED, t=table.drop(columns=[] if scored else "scored on").to_csv(index=False).encode())
+    monkeypatch.setattr(h, "train", None)
+    later = {row: [job_of(steps=7)] for row in FULL}
+    assert experiment(results, "t", later, SHORT)[0]["commit"].tolist() == ["none", "abc1234"]
+    text = "validation" if scored else "text of the last 20%, later validation and test"
+    assert f"made at commit abc1234 by earlier code and scored on {text};" in capsys.readouterr().out
+
+
 def test_fingerprints_of_digits_alone_are_not_read_as_numbers(lay, full_tables, monkeypatch):
     """012345678901 and 12345e678901 are hexadecimal digits too."""
     jobs = {row: trials[:1] for row, trials in FULL.items()}
@@ -530,7 +547,7 @@ def test_train_from_the_command_line(tiny, capsys, model):
     assert said == {"run": str(run), **{key: record[key] for key in ("best", "steps", "tokens", "seconds")}}
     assert record["complete"] and record["causal"] is (model == "ar")
     text = h.load_text()
-    ids = h.split(h.CharTokenizer.from_text(text).encode(text))
+    ids = parts(h.CharTokenizer.from_text(text).encode(text))[:2]
     job = h.PRESETS["smoke"].jobs(h.CharTokenizer.from_text(text).vocab_size, *ids)[{"llada": "LLaDA", "ar": "AR"}[model]]
     assert run.name == f"smoke-{model}-{job.fingerprint()}", "the notebook finds it"
     main(["train", "--preset", "smoke", "--model", model])

@@ -14,6 +14,7 @@ CLOCK_COLUMNS = re.compile(r"second|tokens/s|commit")
 NOTEBOOKS = [MAIN, BEYOND]
 ASKED = {"models", "loss_check", "training", "perplexity", "gap", "speed", "samples", "quality", "failure", "infilling"}
 ASKED |= {"same_prompt", "runs"}
+SUITES = ["ablations", "blocks", "budget", "crossover", "schedule", "tuning", "tuning_ar", "tuning_weights", "vocabulary"]
 
 
 def assert_clean(path):
@@ -64,12 +65,21 @@ def test_links_are_good(name):
 
 
 @pytest.mark.skipif(not CORPUS, reason="needs TinyShakespeare, in shared/ or $LLADA_DATA")
-@pytest.mark.parametrize("name", ["ablations", "blocks", "budget", "crossover", "schedule", "schedule_full", "tuning_weights"])
-def test_committed_suites_were_made_by_the_code_as_it_is(name):
+@pytest.mark.parametrize("name", SUITES)
+def test_committed_suites_are_of_the_code_as_it_is_or_the_page_says_what_made_them(name):
     """Read by the notebooks from figures/tables/; `python -m beyond.experiments NAME` remakes it."""
     table = pd.read_csv(ROOT / "figures" / "tables" / f"{name}.csv", dtype=str)
     full, _, _ = suite(name, h.PRESETS["cpu"], h.load_text(CORPUS))
-    assert dict(zip(table["row"], table["fingerprint"])) == {row: suite_mark(trials) for row, trials in full.items()}
+    if dict(zip(table["row"], table["fingerprint"])) == {row: suite_mark(trials) for row, trials in full.items()}:
+        return
+    asks = lambda source: re.search(r"\b(committed|suite)\(", source) and f'"{name}"' in source  # noqa: E731
+    reading = [notebook for notebook in NOTEBOOKS if any(map(asks, sources(ROOT / notebook, "code")))]
+    assert reading, "a table that no page shows"
+    for notebook in reading:
+        said = re.search(rf"{name}\.csv\b.* made at commit (.+) by earlier code and scored on (.+)", printed(ROOT / notebook))
+        assert said, f"{notebook} does not say what made it"
+        assert set(said[1].split(", ")) == set(table["commit"]) - {"none"}
+        assert said[2].startswith("text of the last 20%" if "scored on" not in table else table["scored on"][0])
 
 
 def without_clocks(path) -> str:

@@ -230,7 +230,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setitem(H.PRESETS, "smoke", preset)
     monkeypatch.setitem(sweep.SIZES, "smoke", (TINY, dataclasses.replace(TINY, texts=16)))
     tokenizer = H.CharTokenizer.from_text(TEXT)
-    return H.Results(preset, TEXT), preset.jobs(tokenizer.vocab_size, *H.split(tokenizer.encode(TEXT)))
+    return H.Results(preset, TEXT), preset.jobs(tokenizer.vocab_size, *quality.parts(tokenizer.encode(TEXT))[:2])
 
 
 def refuse(sizes):
