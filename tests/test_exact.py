@@ -27,7 +27,7 @@ from oracle import (
 )
 
 import llada_helpers as h
-from beyond import decoding, spacing
+from beyond import decoding
 from beyond.exact import decoder_nll
 
 EXACT = ExactPredictor(length=3, symbols=3)
@@ -45,9 +45,9 @@ ORDERS = {
     "entropy": "entropy",
     "margin": "margin",
     "left to right": left_to_right,
-    "bit-reversed": spacing.bit_reversed,
-    "spaced": spacing.spaced(2),
-    "spaced, bit-reversed": spacing.spaced(2, by=spacing.bit_reversed),
+    "bit-reversed": decoding.bit_reversed,
+    "spaced": decoding.spaced(2),
+    "spaced, bit-reversed": decoding.spaced(2, by=decoding.bit_reversed),
     "entropy bound": decoding.entropy_bound(0.8),
     "blocks": h.blockwise(h.entropy, 1),
 }
@@ -146,7 +146,7 @@ def test_a_schedule_of_its_own_is_kept():
 LOOKING = {
     "low confidence": "low_confidence",
     "in blocks": h.blockwise(h.low_confidence, 1),
-    "spaced": spacing.spaced(2, by=h.low_confidence),
+    "spaced": decoding.spaced(2, by=h.low_confidence),
     "threshold": decoding.threshold(0.5),
     "late": decoding.late("entropy", (5,)),
     "compares": lambda tokens, probs, masked, count: masked & (tokens > 4),
