@@ -333,7 +333,7 @@ def by_place(models: dict[str, H.Transformer], windows: Tensor, parts: int = 8) 
 
 
 def tables(models: dict[str, H.Transformer], val: Tensor, test: Tensor, sizes: Sizes) -> dict[str, Callable[[], pd.DataFrame]]:
-    """How the tables are made, by name: on windows [N, L] of the test text; what is chosen, also on those of the validation text.
+    """How the tables are made, by name, on windows [N, L] of the test text; what is chosen, on those of the validation text.
 
     >>> list(tables({}, None, torch.zeros(1, 8), SIZES["smoke"][0]))
     ['exact', 'exact_choice', 'exact_passes', 'exact_places']
