@@ -2,11 +2,9 @@
 
     python -m beyond.experiments train --preset cpu --model llada
     python -m beyond.experiments ablations --preset cpu
-    python -m beyond.experiments decoders --preset cpu
 
 A suite is a dictionary from the rows of a table to their trainings, one for each seed. It has a full form, which the command
 line trains, and a short one, which a notebook trains where the full one's table is missing or was made by other trainings.
-The sweep of decoders trains nothing beyond the preset's two models, and has the same two forms.
 """
 
 import argparse
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, blocks, budget, crossover, knob, quality, recipe, schedule, sweep, tuning, vocabulary
+from beyond import ablations, blocks, budget, crossover, knob, schedule, tuning, vocabulary
 from beyond.quality import parts
 from beyond.seeds import over_seeds
 
@@ -195,8 +193,8 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
 class Suite(NamedTuple):
     """A table that the command line can make.
 
-    >>> SUITES["recipe"].sizes["smoke"]  # of the short form and of the full one
-    (1, 2)
+    >>> SUITES["tuning"].sizes["smoke"]  # of the short form and of the full one
+    (5120, 10240)
     """
 
     about: str
@@ -222,11 +220,6 @@ SUITES = {
         crossover.SIZES,
         lambda preset, size, text, data: (crossover.crossover_jobs(size, *data), None),
         lambda preset, text: crossover.crossover_measure(text),
-    ),
-    "recipe": Suite(
-        "the MDLM tutorial's recipe beside ours",
-        recipe.SIZES,
-        lambda preset, size, text, data: (recipe.recipe_jobs(preset, size, *data), None),
     ),
     "vocabulary": Suite(
         "characters against byte pairs, LLaDA and AR",
@@ -270,9 +263,9 @@ SUITES = {
 def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict]:
     """The full and the short form of a suite, and `run_jobs`'s options for it, "lengths" and "measure": for `experiment`.
 
-    >>> full, short, options = suite("recipe", H.PRESETS["smoke"], "to be, or not to be " * 20)
-    >>> full["ours"][0].train.steps, [form["MDLM tutorial's recipe"][0].train.steps for form in (full, short)], options
-    (200, [2, 1], {'lengths': None, 'measure': None})
+    >>> full, short, options = suite("tuning", H.PRESETS["smoke"], "to be, or not to be " * 20)
+    >>> [form["32 windows"][0].train.steps for form in (full, short)], options
+    ([5, 2], {'lengths': None, 'measure': None})
     """
     tokenizer = H.CharTokenizer.from_text(text)
     data = (tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
@@ -280,63 +273,6 @@ def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict]:
     small, large = known.sizes[preset.name]
     (full, lengths), (short, _) = (known.jobs(preset, size, text, data) for size in (large, small))
     return full, short, {"lengths": lengths, "measure": known.measure and known.measure(preset, text)}
-
-
-def save_sweep(results: H.Results, jobs: dict[str, H.Job], sizes: sweep.Sweep, made: pd.DataFrame) -> pd.DataFrame:
-    """Write what `sweep.sweep` made: tables/decoders_sweep.csv, a row for each setting, and decoders_sweep_groups.csv.
-
-    Returns the latter, as `swept` reads it; an example stands there.
-    """
-    fingerprint = sweep.mark(jobs, sizes)
-    results.table(sweep.averaged(made).assign(fingerprint=fingerprint), "decoders_sweep")
-    return results.table(made.assign(fingerprint=fingerprint), "decoders_sweep_groups")
-
-
-def swept(
-    results: H.Results,
-    jobs: dict[str, H.Job],
-    sizes: tuple[sweep.Sweep, sweep.Sweep],
-    make: Callable[[sweep.Sweep], pd.DataFrame],
-) -> pd.DataFrame:
-    """decoders_sweep_groups.csv if the full sweep of these trainings made it, else the short one, made here.
-
-    Args:
-        jobs: the trainings of "LLaDA" and "AR".
-        sizes: the short form and the full one, `sweep.SIZES[preset.name]`.
-        make: from sizes to `sweep.sweep`'s table.
-
-    >>> import os, tempfile
-    >>> ids, here, results = torch.arange(4, 10).repeat(20), os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
-    >>> job = H.Job(H.ModelConfig(10, 24, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(1, 2, evals=1), ids, ids)
-    >>> line = {"decoder": "AR", "passes": 8, "top-p": 1.0, "temperature": 0.8, "nfe": 8, "group": 0}
-    >>> made, jobs = pd.DataFrame([line | dict.fromkeys(sweep.METRICS, 0.5)]), {"LLaDA": job, "AR": job}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)
-    ...     _ = save_sweep(results, jobs, sweep.SIZES["smoke"][1], made)  # what the command line leaves behind
-    ...     found = swept(results, jobs, sweep.SIZES["smoke"], make=None)
-    ...     os.chdir(here)
-    decoders: the full sweep, read from build/smoke/figures/tables/decoders_sweep_groups.csv
-    >>> found["char entropy"].tolist()
-    [0.5]
-    """
-    short, full = sizes
-    for tables in (results.tables, COMMITTED):
-        known = _read_table(tables / "decoders_sweep_groups.csv")
-        if set(known.get("fingerprint", ())) == {sweep.mark(jobs, full)}:
-            print(f"decoders: the full sweep, read from {tables / 'decoders_sweep_groups'}.csv")
-            return known
-    return save_sweep(results, jobs, short, make(short))
-
-
-def _sweep_decoders(preset: H.Preset, text: str) -> pd.DataFrame:
-    tokenizer = H.CharTokenizer.from_text(text)
-    train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
-    jobs, sizes = preset.jobs(tokenizer.vocab_size, train_ids, val_ids), sweep.SIZES[preset.name][1]
-    runs = {name: _train(f"{preset.name}-{name.lower()}", job, compiled=preset.compiled) for name, job in jobs.items()}
-    models = {name: run.model for name, run in runs.items()}
-    measure = quality.Measure(models, tokenizer, text[: len(train_ids)])
-    made = sweep.sweep(models, measure, H.windows(test_ids, preset.seq_len), sizes)
-    return sweep.averaged(save_sweep(H.Results(preset, text), jobs, sizes, made))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -350,14 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     abouts = {"train": "train one model of a preset; runs/ and checkpoints/ get the result"}
     abouts |= {name: f"{known.about}; tables/{name}.csv" for name, known in SUITES.items()}
-    abouts["decoders"] = "decoders over temperatures, with the preset's two models; tables/decoders_sweep.csv"
     for command, about in abouts.items():
         aliases = ["ablate"] if command == "ablations" else []
         options = commands.add_parser(command, help=about, description=about, aliases=aliases)
         options.add_argument("--preset", choices=H.PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
         if command == "train":
             options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
-        elif command in SUITES:
+        else:
             options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
         options.set_defaults(command=command)  # an alias says the name
     return parser
@@ -381,9 +316,6 @@ def main(arguments: list[str] | None = None) -> None:
         job = jobs[{"llada": "LLaDA", "ar": "AR"}[arguments.model]]
         run = H.train(f"{preset.name}-{arguments.model}", job, compiled=preset.compiled)
         print(json.dumps({"run": str(run.path), **{key: run.summary[key] for key in ("best", "steps", "tokens", "seconds")}}))
-        return
-    if arguments.command == "decoders":
-        print(_sweep_decoders(preset, text)[["row", *sweep.METRICS]].round(3).to_string(index=False))
         return
     jobs, _, options = suite(arguments.command, preset, text)
     results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
@@ -27,6 +28,24 @@ def masks(rows, length=3):
 
 def fill(model, template, **options):
     return h.reverse_process(model, template, **{"mask_id": MASK, "steps": 3, **options})
+
+
+class PostNormEncoder(torch.nn.Module, PyTorchModelHubMixin):
+    """A predictor out of PyTorch's own parts, as a user may bring one: post-norm, learned positions, dropout 0.1."""
+
+    def __init__(self, config: h.ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = torch.nn.Embedding(config.seq_len, config.n_embd)
+        layer = torch.nn.TransformerEncoderLayer(config.n_embd, config.n_head, 4 * config.n_embd, dropout=0.1, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
+        self.norm = torch.nn.LayerNorm(config.n_embd)
+        self.head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.positions.weight[: ids.shape[1]]  # [B, L, n_embd]
+        return self.head(self.norm(self.encoder(x, src_key_padding_mask=ids == PAD)))
 
 
 def with_noise(model, std):

