@@ -10,7 +10,6 @@ are those of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.0999
 """
 
 import ast
-import bisect
 import contextlib
 import functools
 import hashlib
@@ -42,9 +41,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
-from IPython.display import Markdown, display
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from IPython.display import HTML, Markdown, display
+from matplotlib import font_manager
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
@@ -62,7 +61,8 @@ CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 
 def cache_path() -> Path:
     """Where the downloaded corpus is kept (and where it can be put by hand)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llada" / "tinyshakespeare.txt"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(tempfile.gettempdir() if folder.startswith("~") else folder, "llada", "tinyshakespeare.txt")  # some have no home
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -75,12 +75,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read the text file {path}: {error}; pass the path of a readable text file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); pass a UTF-8 file, such as iconv -t UTF-8 makes") from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = path.read_text(encoding="utf-8-sig")  # all line ends become "\n"
+    except (OSError, UnicodeDecodeError) as error:
+        complaint = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise ValueError(f"{path} {complaint} ({error}); pass a text file in UTF-8 (iconv -t UTF-8 makes one)") from error
     if not text.strip() or "\0" in text:
         raise ValueError(f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text")
     return text
@@ -98,14 +96,14 @@ def load_text(path: str | os.PathLike | None = None) -> str:
     if path := path or os.environ.get("LLADA_DATA"):
         return _read_text(Path(path))
     cached = cache_path()
+    with contextlib.suppress(OSError):  # there is no cache, or none that may be read
+        if is_corpus(data := cached.read_bytes()):
+            return data.decode()
     try:
-        if not cached.exists() or hashlib.sha256(cached.read_bytes()).hexdigest() != CORPUS_SHA256:
-            response = requests.get(CORPUS_URL, timeout=(5, 30))
-            response.raise_for_status()
-            if hashlib.sha256(response.content).hexdigest() != CORPUS_SHA256:
-                raise OSError(f"the SHA-256 of the download is not {CORPUS_SHA256}")
-            write_atomically(cached, response.content)
-        return _read_text(cached)
+        response = requests.get(CORPUS_URL, timeout=(5, 30))
+        response.raise_for_status()
+        if not is_corpus(response.content):
+            raise OSError(f"the SHA-256 of the download is not {CORPUS_SHA256}")
     except OSError as error:  # requests' exceptions are OSErrors
         warnings.warn(
             f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Using Python's own help texts instead: the numbers "
@@ -113,14 +111,34 @@ def load_text(path: str | os.PathLike | None = None) -> str:
             stacklevel=2,
         )
         return _offline_corpus()
+    with contextlib.suppress(OSError):  # a text that cannot be kept is there all the same
+        write_atomically(cached, response.content)
+    return response.content.decode()
+
+
+def is_corpus(text: bytes) -> bool:
+    """Is it TinyShakespeare? Its checksum says so, never the name of a file."""
+    return hashlib.sha256(text).hexdigest() == CORPUS_SHA256
 
 
 def corpus_name(text: str) -> str:
-    """The name that tables and figure titles give to `text`."""
-    if hashlib.sha256(text.encode()).hexdigest() == CORPUS_SHA256:
+    """What tables and figure titles call `text`: one's own by its file's name, if that is honest and figures have its letters."""
+    if is_corpus(text.encode()):
         return "TinyShakespeare"
-    own = "offline corpus (Python help topics)" if text == _offline_corpus() else None
-    return own or Path(os.environ.get("LLADA_DATA") or "own text").stem
+    if text == _offline_corpus():
+        return "offline corpus (Python help topics)"
+    name = Path(os.environ.get("LLADA_DATA") or "own text").stem
+    letters = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    claim = re.sub(r"[\W_]", "", name).casefold() == "tinyshakespeare"
+    return "own text" if claim or not set(map(ord, name)) <= letters.keys() else name
+
+
+def require(text: str, preset: "Preset") -> None:
+    """ValueError, before anything is trained, if `text` is too short for `preset`: training takes 80%, and each of the two parts
+    that are left, for validation and test, must fill one window of `seq_len` characters."""
+    if len(text) < 10 * preset.seq_len:
+        needs = [f"{name} needs {10 * known.seq_len:,}" for name, known in PRESETS.items()]
+        raise ValueError(f"the text has {len(text):,} characters; pass a longer one, or set LLADA_PRESET ({', '.join(needs)})")
 
 
 class CharTokenizer:
@@ -136,7 +154,7 @@ class CharTokenizer:
 
     def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
         known = [*SPECIAL_TOKENS, *characters, *special]
-        if len(set(known)) != len(known) or not characters or "" in known or any(len(name) < 2 for name in special):
+        if len(set(known)) < len(known) or not characters or "" in known or len(min(special, key=len, default="ab")) < 2:
             raise ValueError(f"characters={characters!r}, special={special}: pass distinct ones, special ones of two letters up")
         self.characters, self.special, self.vocab_size = characters, tuple(special), len(known)
         self._id_of = {c: i for i, c in enumerate(known)}
@@ -168,11 +186,10 @@ class CharTokenizer:
         try:
             made = json.loads(text)
             names, characters = made["special_tokens"], made["characters"]
-            strings = isinstance(characters, (str, list)) and all(isinstance(c, str) for c in characters)
-            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not strings:
+            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not {type(characters), *map(type, characters)} <= {str, list}:
                 raise TypeError(f"special_tokens={names}, characters={characters}")
             return cls(characters, tuple(names[len(SPECIAL_TOKENS) :]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
 
@@ -1214,71 +1231,79 @@ def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: i
 
 
 # 8. Evaluation -------------------------------------------------------------------------------------------------------
+def half_width(values) -> float | np.ndarray:
+    """Half-width of the 95% interval of the mean of independent values [n] or [n, ...] (Student's t); NaN for a single one."""
+    n = len(values)
+    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5 if n > 1 else math.nan
+
+
+STRETCHES = 30
+
+
 def per_character(nats: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Mean nats per character and the half-width of its 95% interval (ratio estimator); nats and characters [N] of windows."""
-    nats, counts = nats.double(), counts.double()
-    mean = nats.sum() / counts.sum()
-    residual = nats - mean * counts
-    return float(mean), float(1.96 * residual.std() / (len(nats) ** 0.5 * counts.mean()))
+    """Mean nats per character and the half-width of its 95% interval, from nats and characters [N] of a text's windows, in order.
+
+    Neighbouring windows tell of one scene and are not independent. So not windows are drawn again but STRETCHES long runs of them
+    (block bootstrap of a ratio; Student's t for as many runs). Paired: pass differences as nats. NaN for a single window.
+    """
+    starts = np.unique(np.linspace(0, len(nats), STRETCHES, endpoint=False).astype(int))
+    sums = [np.add.reduceat(torch.as_tensor(x).double().cpu().numpy(), starts) for x in (nats, counts)]
+    mean, n = float(sums[0].sum() / sums[1].sum()), len(starts)
+    if n < 2:
+        return mean, math.nan
+    options = {"paired": True, "method": "percentile", "n_resamples": 2000, "rng": 0}
+    drawn = stats.bootstrap(sums, lambda nats, counts, axis: nats.sum(axis) / counts.sum(axis), **options)
+    return mean, float(stats.t.ppf(0.975, n - 1) * drawn.standard_error * (n / (n - 1)) ** 0.5)
 
 
 def share(hits) -> tuple[float, float]:
-    """A rate and the half-width of its 95% interval, from a sequence of n zeros and ones. The last term keeps 0 of n honest."""
-    rate, n = float(np.asarray(hits, dtype=float).mean()), len(hits)
-    return rate, 1.96 * math.sqrt((rate * (1 - rate) + 1.92 / n) / n)
+    """The rate of hits, a sequence of zeros and ones, and the longer side of its 95% interval (Wilson's)."""
+    rate = float(np.asarray(hits, dtype=float).mean())
+    low, high = stats.binomtest(round(rate * len(hits)), len(hits)).proportion_ci(method="wilson")
+    return rate, float(max(rate - low, high - rate))
 
 
 WORD = re.compile(r"[A-Za-z']+")
 GROUPS = 8  # samples are scored in this many groups, whose spread gives the intervals
-COPY_LIMIT = 64
+COPY = 16  # characters that make a copy
 
 
-def copy_index(corpus: str) -> list[str]:
-    """The sorted beginnings, COPY_LIMIT characters each, of everything in `corpus`: what `longest_copy` looks up."""
-    return sorted(corpus[i : i + COPY_LIMIT] for i in range(len(corpus)))
+def runs_of(text: str, length: int = COPY) -> list[str]:
+    """Every run of `length` characters of `text`."""
+    return [text[i : i + length] for i in range(len(text) - length + 1)]
 
 
-def longest_copy(text: str, index: list[str]) -> int:
-    """Length of the longest run of `text` that stands verbatim in the corpus of `index`, at most COPY_LIMIT."""
-    best = 0
-    for piece in (text[i : i + COPY_LIMIT] for i in range(len(text))):
-        place = bisect.bisect_left(index, piece)
-        neighbours = index[max(0, place - 1) : place + 1]  # in sorted order the longest match is one of them
-        best = max([best, *(len(os.path.commonprefix([piece, near])) for near in neighbours)])  # noqa: RUF071
-    return best
+def text_metrics(texts: list[str], copies: set[str], words: set[str]) -> dict[str, float]:
+    """Coherence and diversity of one group of texts; of the training text come `copies`, its runs, and lower-case `words`.
 
-
-def text_metrics(texts: list[str], index: list[str], words: set[str]) -> dict[str, float]:
-    """Coherence and diversity of one group of texts; the training text gives `index` (`copy_index`) and lower-case `words`."""
-    inner = [w.lower() for text in texts for w in WORD.findall(text)[1:-1]]  # the outer words may be cut by the window
-    trigrams = [text[i : i + 3] for text in texts for i in range(len(text) - 2)]
-    counts = np.array(list(Counter("".join(texts)).values()))
-    shares = counts / counts.sum()
-    known, distinct = sum(w in words for w in inner) / max(1, len(inner)), len(set(trigrams)) / max(1, len(trigrams))
-    scores = {"known words": known, "distinct-3": distinct, "char entropy": float(-(shares * np.log(shares)).sum())}
-    return scores | {"longest copy": float(np.mean([longest_copy(text, index) for text in texts]))}
+    "known words" of the inner ones (the outer may be cut), "distinct-3" of all triples of characters, "char entropy" in nats, and
+    "copied", the share of all runs of COPY characters that stand verbatim in the training text.
+    """
+    inner = [word.lower() in words for text in texts for word in WORD.findall(text)[1:-1]]
+    triples, runs = ([run for text in texts for run in runs_of(text, length)] for length in (3, COPY))
+    scores = {"known words": sum(inner) / max(1, len(inner)), "distinct-3": len(set(triples)) / max(1, len(triples))}
+    scores["char entropy"] = float(stats.entropy(list(Counter("".join(texts)).values()) or [1]))
+    return scores | {"copied": sum(run in copies for run in runs) / max(1, len(runs))}
 
 
 def grouped(values: list[dict[str, float]]) -> dict[str, float]:
     """Mean over groups and, in columns named "... ±", the half-width of its 95% interval (Student's t)."""
     table = pd.DataFrame(values)
-    half = 2.365 * table.std() / len(table) ** 0.5  # Student's t, 97.5%, GROUPS - 1 degrees of freedom
-    return {key: number for name in table for key, number in ((name, table[name].mean()), (f"{name} ±", half[name]))}
+    return {key: number for name, x in table.items() for key, number in ((name, x.mean()), (f"{name} ±", half_width(x)))}
 
 
 def ngram_judge(text: str, order: int = 6) -> Callable[[str, int], float]:
     """judge(written, start): nats per character of written[start:] under an n-gram model of `text` (Witten-Bell smoothing)."""
-    grams = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, order + 1)]
-    contexts = [Counter(text[i : i + n] for i in range(len(text) - n)) for n in range(order)]  # how often something follows
-    followers = [Counter(gram[:-1] for gram in level) for level in grams]  # how many characters do
+    grams = Counter(run for n in range(1, order + 1) for run in runs_of(text, n))
+    seen = Counter(run for n in range(order) for run in runs_of(text[:-1], n))  # contexts: how often something follows
+    kinds = Counter(gram[:-1] for gram in grams)  # how many characters do
     def judge(written: str, start: int) -> float:
         nats = 0.0
         for i in range(start, len(written)):
-            p = 1 / len(grams[0])
-            for n in range(1, min(order, i + 1) + 1):
-                gram = written[i - n + 1 : i + 1]
-                kinds, seen = followers[n - 1][gram[:-1]], contexts[n - 1][gram[:-1]]
-                p = (grams[n - 1][gram] + kinds * p) / (seen + kinds) if seen else p
+            p = 1 / kinds[""]
+            for context in (written[k:i] for k in range(i, max(-1, i - order), -1)):
+                if context in seen:
+                    p = (grams[context + written[i]] + kinds[context] * p) / (seen[context] + kinds[context])
             nats -= math.log(p)
         return nats / (len(written) - start)
     return judge
@@ -1292,7 +1317,7 @@ MASK_FACE, NEW_FACE = "#D2D2D2", "#F0E442"  # behind a masked and behind a just 
 class Results:
     """Where tables and figures go: `figures/`, or, in `smoke` or on any text but TinyShakespeare, `build/PRESET/figures/`."""
     def __init__(self, preset: "Preset", text: str):
-        named = preset.name != "smoke" and corpus_name(text) == "TinyShakespeare"
+        named = preset.name != "smoke" and is_corpus(text.encode())
         self.folder = Path("figures") if named else Path("build", preset.name, "figures")
         self.tables = self.folder / "tables"
 
@@ -1308,6 +1333,55 @@ class Results:
         figure.savefig(self.folder / f"{name}.png", dpi=130, bbox_inches="tight")
 
 
+def number(value: float, half: float = math.nan) -> str:
+    """A measured number as text: three significant digits, two below a tenth; whole numbers stay whole.
+
+    With the half-width of its interval it is "value ± half", to the place where the half-width has its second digit (its first,
+    if that is three or more), but not beyond the value's third, unless the half-width would be off by more than a half.
+
+    >>> number(0.98451), number(421.41), number(-0.0924), number(1000704.0)
+    ('0.985', '421', '−0.092', '1,000,704')
+    >>> number(1.9388, 0.0088), number(0.0016, 0.0104), number(0.0, 0.0302), number(1.9388, 0.0011)
+    ('1.94 ± 0.01', '0.002 ± 0.010', '0.00 ± 0.03', '1.939 ± 0.001')
+    """
+    def places(x: float, digits: int) -> int:  # decimal ones, for so many significant digits
+        return digits - 1 - int(f"{x:.{digits - 1}e}".partition("e")[2])
+
+    if half > 0:
+        place = min(places(value, 3), places(half, 2) - (f"{half:.1e}" >= "3"))
+        place = next(p for p in itertools.count(place) if abs(round(half, p) - half) <= half / 2)
+    else:
+        place = 0 if value == int(value) else places(value, 3 if abs(value) >= 0.1 else 2)
+    shown = [f"{round(x, place) + 0.0:,.{max(0, place)}f}".replace("-", "−") for x in (value, half)]  # no minus before a zero
+    return " ± ".join(shown if half > 0 else shown[:1])
+
+
+def pretty(table: pd.DataFrame, rows: int | None = 8) -> pd.DataFrame:
+    """A table as a page shows it: the first `rows`, numbers rounded by `number`, a value and the "... ±" column after it in one.
+
+    Speeds ("tokens/s") have three digits, words and columns of mixed kind stay as they are, what is missing is "".
+
+    >>> pretty(pd.DataFrame({"row": ["a"], "x": [1.5012], "95% ±": [0.0131], "n": [1200]})).to_dict("records")
+    [{'row': 'a', 'x': '1.50 ± 0.01', 'n': '1,200'}]
+    """
+    names, table, shown = list(table), table[:rows], {}
+    while names:
+        values = table[name := names.pop(0)]
+        if pd.api.types.is_numeric_dtype(values) and values.dtype != bool:
+            bounded = names and str(names[0]).endswith("±") and not str(name).endswith("±")
+            halves = table[names.pop(0)] if bounded else itertools.repeat(math.nan)
+            values = [float(f"{x:.2e}") if name == "tokens/s" else x for x in values.astype(float)]
+            values = [number(x, half) if math.isfinite(x) else x for x, half in zip(values, halves)]
+        shown[name] = ["" if pd.isna(x) else x for x in values]
+    return pd.DataFrame(shown, table.index)
+
+
+def as_html(table: pd.DataFrame) -> str:
+    """`pretty` for a notebook, with a line that says how many rows are left out; the first cells make all tables be shown so."""
+    left = f"<p>and {len(table) - 8} more rows, which its CSV has</p>" if len(table) > 8 else ""
+    return pretty(table).to_html(index=not isinstance(table.index, pd.RangeIndex), na_rep="") + left
+
+
 def errorbars(ax, table: pd.DataFrame, x: str, y: str, **style) -> None:
     """Column `y` against column `x`, with the intervals of column "y ±"."""
     ax.errorbar(table[x], table[y], table[f"{y} ±"], **{"marker": "o", "ms": 4, "capsize": 3, **style})
@@ -1321,22 +1395,20 @@ def log_ticks(ax, ticks) -> None:
 
 
 def show(*things: Callable) -> None:
-    """Display the source of functions, methods or classes as highlighted Markdown; docstrings and checks of arguments aside."""
+    """Display the source of functions, methods or classes as highlighted Markdown; of docstrings the first paragraph."""
     page = "<div style='font-family: monospace'>\n\n```python\n{}\n```\n\n</div>"  # without it nbconvert's page sets prose
     display(Markdown(page.format("\n\n\n".join(map(shown_source, things)))))
 
 
 def shown_source(thing: Callable) -> str:
-    """What `show` displays: the source without docstrings, `if ...: raise ...` and calls of the `_check` functions."""
-    source = textwrap.dedent(inspect.getsource(thing))
-    lines, hidden = source.rstrip().split("\n"), set()
+    """What `show` displays: the source without private decorators, and of each docstring the first paragraph."""
+    source = textwrap.dedent(inspect.getsource(thing)).rstrip()
+    shown = re.sub(r"^ *@_.*\n", "", source, flags=re.M)
     for node in ast.walk(ast.parse(source)):
-        value = node.value if isinstance(node, ast.Expr) else None
-        check = isinstance(value, ast.Call) and getattr(value.func, "id", "").startswith("_check")
-        refusal = isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise) and not node.orelse
-        if isinstance(value, ast.Constant) or check or refusal:
-            hidden |= set(range(node.lineno, node.end_lineno + 1))
-    return "\n".join(line for i, line in enumerate(lines, start=1) if i not in hidden)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            whole = ast.get_source_segment(source, node)
+            shown = shown.replace(whole, whole.split("\n\n")[0].removesuffix('"""').rstrip() + '"""')
+    return shown
 
 
 def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[list[list[tuple[str, int]]]]:
@@ -1357,24 +1429,6 @@ def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> 
                 cells[i] = ("" if state > 1 and finished[i] == "\n" else "↵", state)
         made.append([cells[slice(*match.span())] for match in re.finditer(line, finished)])
     return made
-
-
-def filmstrip(generation: Generation, tokenizer: CharTokenizer, frames: int = 8, width: int = 64) -> Figure:
-    """A figure of one generation: a strip for each of some passes, newly committed characters marked, masks as grey blocks."""
-    shown = pages(generation, tokenizer, width)
-    picked, strip = sorted({round(k) for k in np.linspace(0, len(shown) - 1, frames)}), len(shown[0]) + 0.7
-    figure = Figure(figsize=(10, 0.24 * strip * len(picked)), facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(-7, width), ylim=(len(picked) * strip, -0.3))
-    axes.axis("off")
-    style = {"family": "monospace", "fontsize": 9, "ha": "center", "va": "center"}
-    for top, k in zip(itertools.count(0, strip), picked):
-        axes.text(-7, top + 0.5, f"pass {k}", fontsize=9, va="center", color="#555555")
-        for x, y, glyph, state in ((x, top + y, *cell) for y, line in enumerate(shown[k]) for x, cell in enumerate(line)):
-            if state < 2:
-                axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=(MASK_FACE, NEW_FACE)[state]))
-            weight = "bold" if state == 1 else "normal"
-            axes.text(x + 0.5, y + 0.5, glyph.replace("$", r"\$").strip(MASK_GLYPH), weight=weight, **style)
-    return figure
 
 
 def frames(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[str]:
@@ -1401,6 +1455,12 @@ FRAME_STYLE = f"""<style>
 .llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
 .llada-pages > .p-TabPanel-tabBar {{ display: none !important; }} .llada-pages > .widget-tab-contents {{ border: 0; padding: 0; }}
 </style>"""
+
+
+def filmstrip(film: list[str], count: int = 8) -> HTML:
+    """Some of a film's `frames`, the first and the last among them, below each other: for where no script runs."""
+    picked = sorted({round(k) for k in np.linspace(0, len(film) - 1, count)})
+    return HTML(FRAME_STYLE + "\n".join(film[k] for k in picked))
 
 
 class DenoisingViewer(widgets.VBox):

@@ -11,7 +11,6 @@ How to generate, how to score:
 How to train, by suites of experiments:
 
     experiments   many trainings, one table: python -m beyond.experiments --help
-    seeds         intervals over trainings that differ in their seed alone
     ablations     one thing changed at a time
     losses        forms of Eq. 3 to compare with ours, and two that are no bound
     variants      a Transformer that is told the time, and one with learned positions

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond.quality import parts
-from beyond.seeds import over_seeds
 
 SCORED = 4  # times as many windows are scored as are chosen by: to rank takes fewer, and training pays for them at every look
 
@@ -183,8 +182,8 @@ def crossover_best(table: pd.DataFrame) -> pd.DataFrame:
                     raise ValueError(f"no {model} on {characters:,} characters; pass the table of the whole suite")
                 chosen = part.loc[[part[f"{checkpoint}, chosen by"].idxmin()]]
                 scores[model] = chosen.filter(regex=f"^{checkpoint}, seed ").iloc[0]
-                line |= {model: scores[model].mean(), f"{model} ±": over_seeds(scores[model])}
+                line |= {model: scores[model].mean(), f"{model} ±": H.half_width(scores[model])}
                 line |= {f"{model}, kind": chosen["kind"].item(), f"{model}, epochs": chosen["epochs"].item()}
             difference = scores["LLaDA"] - scores["AR"]
-            lines.append(line | {"LLaDA − AR": difference.mean(), "LLaDA − AR ±": over_seeds(difference)})
+            lines.append(line | {"LLaDA − AR": difference.mean(), "LLaDA − AR ±": H.half_width(difference)})
     return pd.DataFrame(lines)

@@ -319,7 +319,7 @@ def answers_table(answers: dict[str, Tensor], lengths: dict[str, np.ndarray], la
         if name in answers and "before" not in name:
             line["has an end"] = (answers[name] == H.END_ID).any(dim=1).float().mean().item()
         if len(ended):
-            line |= {"mean length": ended.mean(), "length ±": 1.96 * ended.std() / len(ended) ** 0.5}
+            line |= {"mean length": ended.mean(), "length ±": H.half_width(ended)}
             line["largest gap to real"] = np.abs((ended <= at).mean(axis=1) - (lengths["real"] <= at).mean(axis=1)).max()
         lines.append(line)
     return pd.DataFrame(lines)

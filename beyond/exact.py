@@ -338,10 +338,10 @@ def tables(models: dict[str, H.Transformer], val: Tensor, test: Tensor, sizes: S
     >>> list(tables({}, None, torch.zeros(1, 8), SIZES["smoke"][0]))
     ['exact', 'exact_choice', 'exact_passes', 'exact_places']
     """
-    few = chosen(test, sizes.one_by_one)
+    few, choice = chosen(test, sizes.one_by_one), sizes._replace(windows=sizes.one_by_one, one_by_one=1)
     return {
         "exact": lambda: exact_table(models, test, sizes),
-        "exact_choice": lambda: exact_table(models, val, sizes._replace(windows=sizes.one_by_one, one_by_one=1), "apart|reversed"),
+        "exact_choice": lambda: exact_table(models, val, choice, "apart|reversed"),
         "exact_passes": lambda: price_of_passes(models["LLaDA"], few, PASSES),
         "exact_places": lambda: by_place(models, few),
     }

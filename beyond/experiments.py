@@ -21,7 +21,6 @@ from torch import Tensor
 import llada_helpers as H
 from beyond import ablations, blocks, budget, crossover, knob, schedule, tuning, vocabulary
 from beyond.quality import parts
-from beyond.seeds import over_seeds
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
@@ -68,12 +67,12 @@ def _row(
         further = pd.DataFrame([measure(trial, run) for trial, run in zip(trials, runs)])
         line |= further.iloc[0].to_dict() | further.mean(numeric_only=True).to_dict()
         each = further["nats/char"].tolist()
-    line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": over_seeds(each)}
+    line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": H.half_width(each)}
     first = first or result
     if torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned):
         line["difference"], line["difference ±"] = H.per_character(nats.mean(dim=0) - first.nats.mean(dim=0), counts)
         apart = [float((ours - theirs).sum() / counts.sum()) for ours, theirs in zip(nats, first.nats)]  # seed by seed
-        line["difference over seeds ±"] = over_seeds(apart)
+        line["difference over seeds ±"] = H.half_width(apart)
     text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
     line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
     line["characters"] = int(characters(text, job.learned(text), lengths).sum())

@@ -78,13 +78,13 @@ class TextMeasure:
     >>> text = "to be or not to be " * 20
     >>> tokenizer = H.CharTokenizer.from_text(text)
     >>> scores = TextMeasure(tokenizer, text)(H.windows(tokenizer.encode(text), 38)[:8])
-    >>> [round(float(scores[x]), 3) for x in ("known words", "longest copy", "longest copy ±")]
-    [1.0, 22.0, 0.0]
+    >>> [round(float(scores[x]), 3) for x in ("known words", "copied", "copied ±")]
+    [1.0, 1.0, 0.0]
     """
 
     def __init__(self, tokenizer: H.CharTokenizer, train_text: str):
         self.tokenizer, self.judge = tokenizer, H.ngram_judge(train_text)
-        self.copies = H.copy_index(train_text)
+        self.copies = set(H.runs_of(train_text))
         self.words = {word.lower() for word in H.WORD.findall(train_text)}
 
     def by_group(self, sequences: Tensor) -> list[dict[str, float]]:

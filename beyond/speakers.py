@@ -140,7 +140,7 @@ def speakers_table(tuned: dict, layout: Layout, train_talk: Talk, val_talk: Talk
             shares = [H.share(table[truth == i].argmin(axis=1) == i) for i in range(len(names))]
             rates, halves = zip(*shares)
             line = {"row": f"{method}, {quiz}", "share": np.mean(rates), "share ±": float(np.linalg.norm(halves)) / len(names)}
-            line |= {"log odds, nats": odds.mean(), "log odds, nats ±": 1.96 * odds.std() / len(odds) ** 0.5}
+            line |= {"log odds, nats": odds.mean(), "log odds, nats ±": H.half_width(odds)}
             each = ", ".join(f"{name} {rate:.2f}" for name, rate in zip(names, rates))
             lines.append(line | {"speeches": len(asked), "each": each})
     return pd.DataFrame(lines)

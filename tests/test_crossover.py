@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 import llada_helpers as h
 from beyond import crossover
@@ -193,7 +194,7 @@ def test_each_checkpoint_has_its_own_choice_and_no_choice_looks_at_scores():
     difference = best.loc["50 characters, best"]
     each = [b - g for b, g in zip(bad, good)]
     assert difference["LLaDA − AR"] == pytest.approx(statistics.mean(each))
-    assert difference["LLaDA − AR ±"] == pytest.approx(4.303 * statistics.stdev(each) / 3**0.5)
+    assert difference["LLaDA − AR ±"] == pytest.approx(stats.t.ppf(0.975, 2) * statistics.stdev(each) / 3**0.5)
     assert best.loc["50 characters, end", ["LLaDA − AR", "LLaDA − AR ±"]].tolist() == [0, 0], "the same scores, seed by seed"
 
 
@@ -215,7 +216,7 @@ def test_best_by_enumeration(lines, least, random):
             line = best.loc[f"{n} characters, {checkpoint}"]
             for name, values in {"LLaDA": llada, "AR": ar, "LLaDA − AR": [a - b for a, b in zip(llada, ar)]}.items():
                 assert line[name] == pytest.approx(statistics.mean(values), abs=1e-9)
-                assert line[f"{name} ±"] == pytest.approx(4.303 * statistics.stdev(values) / 3**0.5, abs=1e-9)
+                assert line[f"{name} ±"] == pytest.approx(stats.t.ppf(0.975, 2) * statistics.stdev(values) / 3**0.5, abs=1e-9)
 
 
 def test_half_a_suite_has_no_best():

@@ -134,7 +134,7 @@ def test_each_token_costs_what_the_pass_that_committed_it_said(data):
 
 
 def test_a_schedule_of_its_own_is_kept():
-    """The literal reverse process, in two steps: in expectation over its order Jensen's bound, and never below the exact -log p."""
+    """The literal reverse process, in two steps: in expectation over its order a bound, and never below the exact -log p."""
     rows = EVERY[7].repeat(4000, 1)
     drawn = nats(EXACT, rows, 2, "ancestral").sum(dim=1)
     made = fill(EXACT, masks(40_000), steps=2, remasking="ancestral", temperature=1.0, generator=seeded(3))

@@ -24,7 +24,6 @@ from beyond import ablations, blocks, crossover, experiments, losses, schedule, 
 from beyond.experiments import experiment, main, run_jobs, suite
 from beyond.quality import parts
 from beyond.schedule import POWERS, gradient_moment, implied_power
-from beyond.seeds import over_seeds
 
 POLYNOMIALS = {f.__name__: (f, power) for power in (0.5, *POWERS) for f in [losses.polynomial(power)]}
 UNIFORM = (losses.uniform_times, losses.independent_times, losses.one_time_per_batch, losses.complementary_masks)
@@ -265,13 +264,6 @@ def test_rows_of_a_table():
     assert len(curves) == 2 * 2 * 2 and curves[(curves.row == "b") & (curves.seed == 1)].val_loss.tolist() == pytest.approx(
         runs[1][1].metrics.val_loss.tolist(), abs=1e-4
     )
-
-
-@pytest.mark.parametrize("count, quantile", [(2, 12.706), (3, 4.303), (8, 2.365), (20, 2.365)])
-def test_interval_over_seeds(count, quantile):
-    values = [0.1 * i**2 for i in range(count)]
-    assert over_seeds(values) == pytest.approx(quantile * float(torch.tensor(values).std()) / count**0.5, rel=1e-5)
-    assert math.isnan(over_seeds(values[:1]))
 
 
 def test_one_seed_has_no_interval_over_seeds():
