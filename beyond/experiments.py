@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, blocks, budget, crossover, knob, schedule, tuning, vocabulary
+from beyond import ablations, blocks, budget, crossover, exact, knob, schedule, tuning, vocabulary
 from beyond.quality import parts
 
 Jobs = dict[str, list[H.Job]]
@@ -189,6 +189,43 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")
 
 
+def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """NAME.csv, where `results` writes or among the committed tables, if `mark` made it; else what `short` makes, written so.
+
+    >>> import os, tempfile
+    >>> here, results = os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)
+    ...     _ = results.table(pd.DataFrame({"k": [1], "fingerprint": "a"}), "demo")  # what the command line leaves behind
+    ...     tables = [full_or_short(results, "demo", mark, lambda: pd.DataFrame({"k": [2]})) for mark in "ab"]
+    ...     os.chdir(here)
+    demo: the full table, read from build/smoke/figures/tables/demo.csv
+    >>> [(table["k"][0].item(), table["fingerprint"][0]) for table in tables]
+    [(1, 'a'), (2, 'b, short')]
+    """
+    for tables in (results.tables, COMMITTED):
+        known = _read_table(tables / f"{name}.csv")
+        if set(known.get("fingerprint", ())) == {mark}:
+            print(f"{name}: the full table, read from {tables / name}.csv")
+            return known
+    return results.table(short().assign(fingerprint=f"{mark}, short"), name)
+
+
+def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = False, only: str = "") -> dict[str, pd.DataFrame]:
+    """Those of `exact.tables`: the full ones if they are there, else short ones, of fewer windows. `full`: made anew, all of them."""
+    tokenizer = H.CharTokenizer.from_text(text)
+    train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
+    jobs = preset.jobs(tokenizer.vocab_size, train_ids, val_ids)
+    options = {"compiled": preset.compiled, "quiet": True}
+    models = {name: _train(f"{preset.name}-{name.lower()}", job, **options).model for name, job in jobs.items()}
+    val, test = (H.windows(ids, preset.seq_len) for ids in (val_ids, test_ids))
+    short, large = (exact.tables(models, val, test, sizes) for sizes in exact.SIZES[preset.name])
+    mark, names = suite_mark(list(jobs.values())), [name for name in large if re.search(only, name)]
+    if full:
+        return {name: results.table(large[name]().assign(fingerprint=mark), name) for name in names}
+    return {name: full_or_short(results, name, mark, short[name]) for name in names}
+
+
 class Suite(NamedTuple):
     """A table that the command line can make.
 
@@ -245,6 +282,12 @@ SUITES = {
         tuning.SIZES,
         lambda preset, size, text, data: (tuning.weight_jobs(preset, size, *data), None),
     ),
+    "decoder": Suite(
+        "LLaDA trained further for the decoder of eight bit-reversed passes, and as long on Eq. 3",
+        exact.TRAINING,
+        lambda preset, size, text, data: (exact.decoder_jobs(preset, size, *data), None),
+        exact.decoder_measure,
+    ),
     "budget": Suite(
         "what more training buys: LLaDA and AR at several budgets",
         budget.SIZES,
@@ -285,6 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     abouts = {"train": "train one model of a preset; runs/ and checkpoints/ get the result"}
     abouts |= {name: f"{known.about}; tables/{name}.csv" for name, known in SUITES.items()}
+    abouts["exact"] = "exact nats of every decoder, with the preset's two models; tables/exact.csv and others"
     for command, about in abouts.items():
         aliases = ["ablate"] if command == "ablations" else []
         options = commands.add_parser(command, help=about, description=about, aliases=aliases)
@@ -315,6 +359,10 @@ def main(arguments: list[str] | None = None) -> None:
         job = jobs[{"llada": "LLaDA", "ar": "AR"}[arguments.model]]
         run = H.train(f"{preset.name}-{arguments.model}", job, compiled=preset.compiled)
         print(json.dumps({"run": str(run.path), **{key: run.summary[key] for key in ("best", "steps", "tokens", "seconds")}}))
+        return
+    if arguments.command == "exact":
+        for table in exact_tables(H.Results(preset, text), preset, text, full=True, only=arguments.only).values():
+            print(table.round(3).to_string(index=False))
         return
     jobs, _, options = suite(arguments.command, preset, text)
     results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}
