@@ -212,7 +212,7 @@ def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], 
 
 
 def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = False, only: str = "") -> dict[str, pd.DataFrame]:
-    """Those of `exact.tables`: the full ones if they are there, else short ones, of fewer windows. `full`: made anew, all of them."""
+    """Those of `exact.tables`: the full ones if they are there, else short ones, of fewer windows; with `full`, made anew."""
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
     jobs = preset.jobs(tokenizer.vocab_size, train_ids, val_ids)
