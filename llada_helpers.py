@@ -343,14 +343,24 @@ class KVCache:
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
 
 
-def _rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
+class RMSNorm(torch.autograd.Function):
+    """x divided by the root of its mean square over the last dimension: eight kernels with its gradient, PyTorch's own fifteen."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.shape[-1] ** -0.5
+        y = x / rms.clamp_(min=1e-6)
+        ctx.save_for_backward(y, rms)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        y, rms = ctx.saved_tensors
+        return torch.addcmul(gradient, y, (gradient * y).mean(dim=-1, keepdim=True), value=-1) / rms
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): x [B, H, L, D] turned pairwise by angles [L, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotary positions (Su et al. 2021): x [..., L, D], coordinates i and i + D/2 turned by an angle, cos and sin [L, D]."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Block(nn.Module):
@@ -360,7 +370,7 @@ class Block(nn.Module):
         width = config.n_embd
         self.n_head, self.causal = config.n_head, config.causal
         self.scale = config.attention_scale * config.n_head / width
-        self.attention_norm, self.mlp_norm = (nn.RMSNorm(width, elementwise_affine=False) for _ in range(2))
+        self.attention_norm = self.mlp_norm = RMSNorm.apply
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
@@ -373,9 +383,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible=None, cache=None, layer=0, start=0) -> Tensor:
         B, L, C = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(B, L, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
-        q, k = _rotate(_rms_norm(q), cos, sin), _rotate(_rms_norm(k), cos, sin)
+        qkv = self.qkv(self.attention_norm(x)).view(B, L, 3 * self.n_head, C // self.n_head).transpose(1, 2)
+        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)  # q and k as one: half the kernels
+        q, k = _rotate(RMSNorm.apply(qk), cos, sin).to(v.dtype).chunk(2, dim=1)  # each [B, H, L, D], as v
         if cache is not None:
             k, v = cache.write(layer, start, k, v)
         causal = self.causal and visible is None and L > 1
@@ -388,8 +398,10 @@ class Block(nn.Module):
 class Transformer(nn.Module, PyTorchModelHubMixin):
     """Ids LongTensor[B, L] to logits FloatTensor[B, L, vocab_size], L at most `config.seq_len`; a mask predictor, or AR.
 
-    [PAD] is never attended to. `save_pretrained`, `from_pretrained`, `push_to_hub` come from huggingface_hub (safetensors, json).
+    [PAD] is never attended to. `padding` says whether ids hold any; None looks, for which a GPU must stop. `save_pretrained`, `from_pretrained`, `push_to_hub` come from huggingface_hub (safetensors, json).
     """
+    padding: bool | None = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -400,23 +412,23 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
         angles = torch.outer(torch.arange(config.seq_len), config.rotary_base ** -(torch.arange(half) / half))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", torch.cat((angles.sin(), -angles.sin()), dim=1), persistent=False)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
         if ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len:
             raise ValueError(f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
         here = slice(start, start + ids.shape[1])
-        x, visible = _rms_norm(self.embed(ids)), self._visible(ids == PAD_ID, cache, start)
+        x, visible = RMSNorm.apply(self.embed(ids)), self._visible(ids == PAD_ID, cache, start)
         for layer, block in enumerate(self.blocks):
             x = block(x, self.cos[here], self.sin[here], visible, cache, layer, start)
-        return self.head(_rms_norm(x)).float()
+        return self.head(RMSNorm.apply(x)).float()
 
     def _visible(self, padded: Tensor, cache: KVCache | None, start: int) -> Tensor | None:
         """BoolTensor[B, 1, query, key], or None, the fast path: only padding and slices inside a causal sequence need a mask."""
         hidden, L = padded if cache is None else cache.mark(start, padded), padded.shape[1]
         inside = self.config.causal and start > 0 and not L == hidden.shape[1] - start == 1
-        if not (inside or bool(hidden.any())):
+        if not (inside or (bool(hidden.any()) if self.padding is None else self.padding)):
             return None
         query = torch.arange(start, start + L, device=padded.device)[:, None]
         key = torch.arange(hidden.shape[1], device=padded.device)
@@ -465,10 +477,10 @@ def next_token_batch(sequences: Tensor, generator: torch.Generator | None = None
 
 
 def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """Mean over rows of sum_i weight_i * -log p(target_i | inputs). Positions of weight 0 are never looked at."""
-    counted = weight > 0
-    nll = F.cross_entropy(model(inputs)[counted], targets[counted], reduction="none")
-    return (nll * weight[counted]).sum() / len(inputs)
+    """Mean over rows of sum_i weight_i * -log p(target_i | inputs). What is said where the weight is 0 does not matter."""
+    counted = targets.masked_fill(weight == 0, -100)  # cross_entropy passes over -100
+    nll = F.cross_entropy(model(inputs).flatten(0, 1), counted.flatten(), reduction="none")
+    return (weight.flatten() * nll).sum() / len(inputs)
 
 
 @_checked(lowest=SMALLEST)
@@ -520,7 +532,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.transpose(1, 2)
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x
 
 
@@ -542,7 +554,10 @@ class Muon(torch.optim.AdamW):
             if not params:
                 continue
             grads = [p.grad for p in params]
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - 0.95)
             updates = torch.stack(torch._foreach_lerp(grads, momenta, 0.95))  # [n, rows, columns]
             n, rows, columns = updates.shape
@@ -571,7 +586,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / rise, (config.steps - step) / fall)
 
 
-TRAINING_PATH = "1"  # raise it with any change to this file that makes a training end with other weights
+TRAINING_PATH = "2"  # raise it with any change to this file that makes a training end with other weights
 
 
 @dataclass(frozen=True)
@@ -621,6 +636,13 @@ class Job:
             return ar_nll(model, sequences, START_ID, counted=learned)
         return nelbo(model, sequences, MASK_ID, n_samples=4, maskable=learned, generator=generator)
 
+    @torch.no_grad()
+    def validation_accuracy(self, model: MaskPredictor, sequences: Tensor) -> float:
+        """Share of right predictions in one fixed batch, weighted as in the loss: for LLaDA over all masking rates alike."""
+        inputs, targets, weight = self.batch_function(sequences, torch.Generator().manual_seed(0), self.learned(sequences))
+        predicted = model(inputs.to(next(model.parameters()).device)).argmax(dim=-1).cpu()
+        return float((weight * (predicted == targets)).sum() / weight.sum())
+
 
 @dataclass
 class Run:
@@ -643,15 +665,21 @@ def training_batch(job: Job, step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def micro_batches(batch: tuple[Tensor, ...], accelerator: Accelerator) -> Iterator[tuple[Tensor, ...]]:
     """This process's share of a batch, on its device, in as many parts as gradients are accumulated over."""
-    mine = [x.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device) for x in batch]
-    return zip(*(x.chunk(accelerator.gradient_accumulation_steps) for x in mine))
+    mine = [x.chunk(accelerator.num_processes)[accelerator.process_index] for x in batch]
+    if accelerator.device.type == "cuda":  # pinned, a batch travels while the GPU still computes the steps before
+        mine = [x.pin_memory().to(accelerator.device, non_blocking=True) for x in mine]
+    return zip(*(x.to(accelerator.device).chunk(accelerator.gradient_accumulation_steps) for x in mine))
 
 
 def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelerator, log: "TrainingLog") -> None:
-    """Batch, loss, backward, step, log, save. Over processes and micro-batches Accelerate sums the gradient."""
-    config = job.train
+    """Batch, loss, backward, step, log, save. Over processes and micro-batches Accelerate sums the gradient.
+
+    Nothing in a step reads a value back, so that the CPU prepares the next ones while a GPU computes.
+    """
+    config, model = job.train, accelerator.unwrap_model(network)
     for step in log.steps_left():
         batch = training_batch(job, step)  # inputs, targets, weights: each [batch_size, seq_len]
+        model.padding = bool((batch[0] == PAD_ID).any())  # told here, on the CPU, the model need not look
         torch.manual_seed(config.seed * 1_000_003 + step + accelerator.process_index * 2**40)  # for dropout
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(step, config)
@@ -663,7 +691,7 @@ def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelera
                     norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-            log.losses.append(loss.detach())
+            log.note(loss.detach(), *micro_batch[1:])
         log.step = step + 1
         if log.step in log.eval_steps:
             log.validate(norm)
@@ -723,7 +751,7 @@ class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
         self.job, self.accelerator, self.quiet, mark = job, accelerator, quiet, job.fingerprint()
-        self.step, self.losses, self.writer = 0, [], None
+        self.step, self.noted, self.writer = 0, [], None
         known = sorted(path.name for path in root.glob(f"runs/*-{mark}"))  # the same training, under whatever name
         folder = (known or [f"{name}-{mark}"])[0]
         self.path, self.best = root / "runs" / folder, root / "checkpoints" / folder / "best"
@@ -740,6 +768,7 @@ class TrainingLog:
     def start(self, model: nn.Module, optimizer: Muon) -> None:
         """Take the newest sound state, if there is one, and open the record and TensorBoard."""
         self.model, self.optimizer, job, accelerator = model, optimizer, self.job, self.accelerator
+        model.register_forward_hook(lambda _, ids, logits: setattr(self, "logits", logits.detach()))
         self.best.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         self._resume()
@@ -775,24 +804,35 @@ class TrainingLog:
         self.bar = tqdm(todo, initial=self.step, total=self.job.train.steps, disable=silent, **shown)
         return self.bar
 
+    def note(self, loss: Tensor, targets: Tensor, weight: Tensor) -> None:
+        """Keep a micro-batch's loss, and the weights of right predictions and of all, as tensors that nobody waits for."""
+        right = weight * (self.logits.argmax(dim=-1) == targets)
+        self.noted.append(torch.stack((loss, right.sum() / len(right), weight.sum() / len(right))))
+
     def validate(self, norm: Tensor) -> None:
-        """Add a row to the metrics, or RuntimeError if the loss is not finite or far above that of a blank model."""
+        """Add a row to the metrics; RuntimeError if a loss is not finite, or the training loss above a blank model's, ln V.
+
+        In the first hundred steps, when a model may have to unlearn what it started with, three times that is let pass. A
+        validation loss that rises while the training loss falls is overfitting, which best/ has the answer to.
+        """
         config, sequences = self.job.train, self.job.validation_sequences()
-        train_loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "mean"))
+        train_loss, right, weight = self.accelerator.reduce(torch.stack(self.noted).mean(dim=0), "mean").tolist()
         self.twin.load_state_dict(self.model.state_dict())
         val_loss = float(self.job.validation_nats(self.twin, sequences).sum() / self.job.learned(sequences).sum())
         factor = learning_rate_factor(self.step - 1, config)
         self.progress["seconds"] += time.perf_counter() - self.started
         row = {"step": self.step, "tokens": self.step * config.batch_size * self.job.model.seq_len}
         row |= {"seconds": round(self.progress["seconds"], 2), "train_loss": train_loss, "val_loss": val_loss}
+        row |= {"train_acc": right / max(weight, 1e-9), "val_acc": self.job.validation_accuracy(self.twin, sequences)}
         row |= {"lr": config.muon_lr * factor, "grad_norm": float(norm)}
-        if not (math.isfinite(train_loss) and val_loss < 3 * math.log(self.job.model.vocab_size)):
+        blank = math.log(self.job.model.vocab_size) * weight * (1 if self.step > 100 else 3)
+        if not (train_loss <= blank and math.isfinite(train_loss + val_loss)):
             kept = f"the last good checkpoint is {self.states[0]}" if self.states[0].exists() else "there is no checkpoint yet"
             rates = f"now {factor:.3g} x {config.muon_lr} and {config.adamw_lr}"
             raise RuntimeError(f"{row}: worse than a blank model; lower muon_lr or adamw_lr, {rates}; {kept}")
         self.progress["rows"].append(row)
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
-        self.losses, self.started = [], time.perf_counter()
+        self.noted, self.started = [], time.perf_counter()
 
     def save(self) -> None:
         """The model to best/ if it is, metrics, TensorBoard, the state to go on from."""
@@ -804,7 +844,7 @@ class TrainingLog:
                 self.twin.save_pretrained(temporary)
                 for file in sorted(Path(temporary).iterdir()):
                     os.replace(file, self.best / file.name)
-        for key in ("train_loss", "val_loss", "lr", "grad_norm"):
+        for key in ("train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm"):
             self.writer.add_scalar(key, rows[key].iloc[-1], self.step)
         if self.accelerator.scaler:
             self.progress["scaler"] = self.accelerator.scaler.state_dict()

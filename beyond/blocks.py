@@ -91,10 +91,10 @@ class BlockDiffusion(H.Transformer):
         visible, padded = block_mask(length, self.block_length).to(ids.device), both == H.PAD_ID
         if bool(padded.any()):
             visible = (visible & ~padded[:, None, None]) | torch.eye(2 * length, dtype=torch.bool, device=ids.device)
-        x, cos, sin = H._rms_norm(self.embed(both)), self.cos[:length].repeat(2, 1), self.sin[:length].repeat(2, 1)
+        x, cos, sin = H.RMSNorm.apply(self.embed(both)), self.cos[:length].repeat(2, 1), self.sin[:length].repeat(2, 1)
         for block in self.blocks:
             x = block(x, cos, sin, visible)
-        return self.head(H._rms_norm(x[:, :length])).float()
+        return self.head(H.RMSNorm.apply(x[:, :length])).float()
 
     def _visible(self, padded: Tensor, cache: H.KVCache | None, start: int) -> Tensor | None:
         hidden, stop = padded if cache is None else cache.mark(start, padded), start + padded.shape[1]
