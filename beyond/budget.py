@@ -130,7 +130,7 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
         nats, interval = H.per_character(*window_nats(run.model, test_ids, preset.nelbo_samples))
         made, sample = (continued(run.model, x[:, : run.model.config.seq_len]) for x in (template, opening))
         score = {key: value for key, value in scores(made).items() if key.startswith(("judge", "known", "char"))}
-        counted = {"scored on": "test", "model": "AR" if job.model.causal else "LLaDA", "TFLOP": training_flop(job) / 1e12}
+        counted = {"scored on": "test text", "model": "AR" if job.model.causal else "LLaDA", "TFLOP": training_flop(job) / 1e12}
         return {**counted, "nats/char": nats, "95% ±": interval, **score, "sample": tokenizer.decode(sample[0])}
 
     return measure

@@ -142,7 +142,7 @@ def crossover_measure(text: str) -> Callable[[H.Job, H.Run], dict]:
             "best": (run.model, run.summary["best"]),
             "end": (last_model(job, run), run.metrics["val_loss"].iloc[-1]),
         }
-        line = {"scored on": "test", "model": kind.model, "kind": kind.name}
+        line = {"scored on": "test text", "model": kind.model, "kind": kind.name}
         for checkpoint, (model, chosen_by) in checkpoints.items():
             nats = scoring.validation_nats(model, windows).cpu()
             score, interval = H.per_character(nats, scoring.learned(windows).sum(dim=1))

@@ -60,7 +60,7 @@ def _row(
     counts = characters(sequences, learned, lengths)
     nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs])
     each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
-    result = Row({"row": row, "scored on": "validation"}, [], sequences, learned, nats)
+    result = Row({"row": row, "scored on": "validation text"}, [], sequences, learned, nats)
     line = result.line
     line["nats/char"], line["95% ±"] = H.per_character(nats.mean(dim=0), counts)
     if measure:  # what is no number is that of the first seed
@@ -69,7 +69,8 @@ def _row(
         each = further["nats/char"].tolist()
     line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": H.half_width(each)}
     first = first or result
-    if torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned):
+    same = torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned)
+    if same and line["scored on"] == "validation text":  # which is where `nats` are from
         line["difference"], line["difference ±"] = H.per_character(nats.mean(dim=0) - first.nats.mean(dim=0), counts)
         apart = [float((ours - theirs).sum() / counts.sum()) for ours, theirs in zip(nats, first.nats)]  # seed by seed
         line["difference over seeds ±"] = H.half_width(apart)
@@ -113,7 +114,7 @@ def run_jobs(
         only: rows that match this regular expression; nothing is written then.
         lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
         measure: further columns, a mean over seeds each; its "nats/char" takes the place of that of the validation windows, and
-            "scored on" then says of which text it is.
+            "scored on" then says of which text it is (if not of validation text, there is no difference to the first row).
 
     >>> import os, tempfile
     >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
@@ -181,9 +182,10 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
             print(f"{name}: the full suite, read from {tables / name}.csv")
             return known, curves
         if len(curves) and marks.keys() == wanted.keys() and tables == results.tables == COMMITTED:
-            made = f"made at commit {', '.join(sorted({*known['commit']} - {'none'}))} by earlier code"
+            commits = ", ".join(sorted({*known["commit"].replace("none", "unknown")}))
             scored = f"scored on {known['scored on'][0] if 'scored on' in known else BEFORE}"
-            print(f"{name}: the full suite, read from {tables / name}.csv, {made} and {scored}; the command line remakes it")
+            made = f"made at commit {commits} by earlier code and {scored}; the command line remakes it"
+            print(f"{name}: the full suite, read from {tables / name}.csv, {made}")
             return known, curves
     table = run_jobs(results, name, short, quiet=True, **options)
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")

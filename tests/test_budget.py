@@ -75,7 +75,7 @@ def test_measure_is_that_of_part_8(in_folder):
     each = [judge(TOKENIZER.decode(ids), quality.PREFIX) for ids in made.ids]
     assert row["judge nats/char"] == pytest.approx(np.mean(each)) and row["sample"].startswith("to be")
     assert len(row["sample"]) == SMOKE.seq_len and row["TFLOP"] == budget.training_flop(job) / 1e12
-    assert row["scored on"] == "test"
+    assert row["scored on"] == "test text"
 
 
 def test_measured_columns_replace_and_average(in_folder):
@@ -83,6 +83,10 @@ def test_measured_columns_replace_and_average(in_folder):
     jobs = {"a": [replace(job, train=h.TrainConfig(1, 2, evals=1, eval_windows=2, seed=seed)) for seed in (0, 1)]}
     measure = lambda trial, run: {"nats/char": float(trial.train.seed), "text": f"seed {trial.train.seed}"}  # noqa: E731
     table = run_jobs(h.Results(SMOKE, TEXT), "t", jobs, quiet=True, measure=measure)
+    assert table["scored on"].tolist() == ["validation text"] and "difference" in table
+    elsewhere = lambda trial, run: measure(trial, run) | {"scored on": "test text"}  # noqa: E731
+    other = run_jobs(h.Results(SMOKE, TEXT), "t", jobs, quiet=True, measure=elsewhere)
+    assert other["scored on"].tolist() == ["test text"] and "difference" not in other, "differences are of validation windows"
     assert table.loc[0, ["nats/char", "lowest seed", "highest seed", "text"]].tolist() == [0.5, 0.0, 1.0, "seed 0"]
     assert table["over seeds ±"][0] == pytest.approx(12.706 * math.sqrt(0.5) / math.sqrt(2), rel=1e-3)
 

@@ -354,8 +354,8 @@ def test_a_table_of_earlier_code_says_on_the_page_what_made_it(lay, full_tables,
     monkeypatch.setattr(h, "train", None)
     later = {row: [job_of(steps=7)] for row in FULL}
     assert experiment(results, "t", later, SHORT)[0]["commit"].tolist() == ["none", "abc1234"]
-    text = "validation" if scored else "text of the last 20%, later validation and test"
-    assert f"made at commit abc1234 by earlier code and scored on {text};" in capsys.readouterr().out
+    text = "validation text" if scored else "text of the last 20%, later validation and test"
+    assert f"made at commit abc1234, unknown by earlier code and scored on {text};" in capsys.readouterr().out
 
 
 def test_fingerprints_of_digits_alone_are_not_read_as_numbers(lay, full_tables, monkeypatch):
