@@ -224,7 +224,10 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
     short, large = (exact.tables(models, val, test, sizes) for sizes in exact.SIZES[preset.name])
     mark, names = suite_mark(list(jobs.values())), [name for name in large if re.search(only, name)]
     if full:
-        return {name: results.table(large[name]().assign(fingerprint=mark), name) for name in names}
+        commit = H.describe_machine()["commit"]
+        scored = {name: {"scored on": f"{'validation' if name == 'exact_choice' else 'test'} text"} for name in names}
+        kept = {name: scored[name] | {"fingerprint": mark, "commit": commit} for name in names}
+        return {name: results.table(large[name]().assign(**kept[name]), name) for name in names}
     return {name: full_or_short(results, name, mark, short[name]) for name in names}
 
 
