@@ -148,7 +148,7 @@ def in_turns(text: str, layout: Layout) -> Talk:
     >>> in_turns("abcdefghijklmnopqr", Layout(H.CharTokenizer.from_text("abcdefghijklmnopqr"), 16))
     [('abcdefghi', 'o', 'jklmnopqr')]
     """
-    size, letters = layout.answer_len - 1, layout.tokenizer.characters[-4:]
+    size, letters = min(layout.answer_len - 1, len(text) // 2), layout.tokenizer.characters[-4:]  # two pieces at least
     pieces = [text[i : i + size] for i in range(0, len(text) - size + 1, size)]
     return [(a, letters[i % len(letters)], b) for i, (a, b) in enumerate(itertools.pairwise(pieces))]
 
@@ -156,7 +156,7 @@ def in_turns(text: str, layout: Layout) -> Talk:
 def talks(train_text: str, val_text: str, layout: Layout) -> tuple[Talk, Talk]:
     r"""The dialogue of both parts of a play, cut out separately, so that no speech is in both; of any other text, `in_turns`.
 
-    A play is what has at least four speakers that speak in both parts.
+    A play is what has at least four speakers that speak in both parts, and in both a speech that fits after a full prompt.
 
     >>> play = "\n\n".join(f"{name}:\nhi" for name in "ABCD")
     >>> layout = Layout(H.CharTokenizer.from_text(play + "no"), 16)
@@ -165,7 +165,10 @@ def talks(train_text: str, val_text: str, layout: Layout) -> tuple[Talk, Talk]:
     """
     parts = dialogue(train_text), dialogue(val_text)
     speakers = [{who for _, who, _ in part} for part in parts]
-    return parts if len(speakers[0] & speakers[1]) >= 4 else (in_turns(train_text, layout), in_turns(val_text, layout))
+    lengths = [[(len(layout.ask(before, who)), len(speech)) for before, who, speech in part] for part in parts]
+    usable = all(any(p >= layout.prompt_len and s < layout.answer_len for p, s in part) for part in lengths)
+    play = usable and len(speakers[0] & speakers[1]) >= 4
+    return parts if play else (in_turns(train_text, layout), in_turns(val_text, layout))
 
 
 def full_prompts(rows: Tensor, layout: Layout, count: int) -> Tensor:
