@@ -1284,16 +1284,15 @@ def per_character(nats: Tensor, counts: Tensor) -> tuple[float, float]:
     """Mean nats per character and the half-width of its 95% interval, from nats and characters [N] of a text's windows, in order.
 
     Neighbouring windows tell of one scene and are not independent. So not windows are drawn again but STRETCHES long runs of them
-    (block bootstrap of a ratio; Student's t for as many runs). Paired: pass differences as nats. NaN for a single window.
+    (block bootstrap of the linearised ratio, Student's t for as many runs). Paired: pass differences as nats. NaN for one window.
     """
-    starts = np.unique(np.linspace(0, len(nats), STRETCHES, endpoint=False).astype(int))
-    sums = [np.add.reduceat(torch.as_tensor(x).double().cpu().numpy(), starts) for x in (nats, counts)]
-    mean, n = float(sums[0].sum() / sums[1].sum()), len(starts)
+    nats, counts = (torch.as_tensor(x).double().cpu().numpy() for x in (nats, counts))
+    mean, starts = nats.sum() / counts.sum(), np.unique(np.linspace(0, len(nats), STRETCHES, endpoint=False).astype(int))
+    apart, n = np.add.reduceat(nats - mean * counts, starts) / counts.sum(), len(starts)
     if n < 2:
-        return mean, math.nan
-    options = {"paired": True, "method": "percentile", "n_resamples": 2000, "rng": 0}
-    drawn = stats.bootstrap(sums, lambda nats, counts, axis: nats.sum(axis) / counts.sum(axis), **options)
-    return mean, float(stats.t.ppf(0.975, n - 1) * drawn.standard_error * (n / (n - 1)) ** 0.5)
+        return float(mean), math.nan
+    drawn = stats.bootstrap((apart,), np.sum, method="percentile", n_resamples=2000, rng=0)
+    return float(mean), float(stats.t.ppf(0.975, n - 1) * drawn.standard_error * (n / (n - 1)) ** 0.5)
 
 
 def share(hits) -> tuple[float, float]:

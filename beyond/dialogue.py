@@ -148,7 +148,7 @@ def in_turns(text: str, layout: Layout) -> Talk:
     >>> in_turns("abcdefghijklmnopqr", Layout(H.CharTokenizer.from_text("abcdefghijklmnopqr"), 16))
     [('abcdefghi', 'o', 'jklmnopqr')]
     """
-    size, letters = layout.answer_len - 1, layout.tokenizer.characters[-4:]
+    size, letters = min(layout.answer_len - 1, len(text) // 2), layout.tokenizer.characters[-4:]  # two pieces at least
     pieces = [text[i : i + size] for i in range(0, len(text) - size + 1, size)]
     return [(a, letters[i % len(letters)], b) for i, (a, b) in enumerate(itertools.pairwise(pieces))]
 
@@ -156,7 +156,8 @@ def in_turns(text: str, layout: Layout) -> Talk:
 def talks(train_text: str, val_text: str, test_text: str, layout: Layout) -> tuple[Talk, Talk, Talk]:
     r"""The dialogue of three parts of a play, cut out separately, so that no speech is in two; of any other text, `in_turns`.
 
-    A play is what has at least four speakers that speak in training and validation, and speeches in the test text.
+    A play is what has at least four speakers that speak in training and validation, and in each part a speech that fits after a
+    full prompt.
 
     >>> play = "\n\n".join(f"{name}:\nhi" for name in "ABCD")
     >>> layout = Layout(H.CharTokenizer.from_text(play + "no"), 16)
@@ -166,7 +167,9 @@ def talks(train_text: str, val_text: str, test_text: str, layout: Layout) -> tup
     texts = (train_text, val_text, test_text)
     parts = tuple(map(dialogue, texts))
     known, heard, _ = ({who for _, who, _ in part} for part in parts)
-    return parts if len(known & heard) >= 4 and parts[2] else tuple(in_turns(text, layout) for text in texts)
+    lengths = [[(len(layout.ask(before, who)), len(speech)) for before, who, speech in part] for part in parts]
+    usable = all(any(p >= layout.prompt_len and s < layout.answer_len for p, s in part) for part in lengths)
+    return parts if usable and len(known & heard) >= 4 else tuple(in_turns(text, layout) for text in texts)
 
 
 def full_prompts(rows: Tensor, layout: Layout, count: int) -> Tensor:

@@ -115,7 +115,8 @@ def who_says(
 def speakers_table(tuned: dict, layout: Layout, train_talk: Talk, val_talk: Talk, sizes: Sizes) -> pd.DataFrame:
     """Who is right how often, in both quizzes; "share" is the mean over speakers, so that chance is one in four.
 
-    "log odds, nats" is by how much the right name is ahead of the mean of the others, a finer measure.
+    "log odds, nats" is by how much the right name is ahead of the mean of the others, a finer measure. A quiz between fewer than
+    two speakers is left out, and a sentence says so.
 
     >>> layout = Layout(H.CharTokenizer.from_text("ABCD:\\n hi"), 16)
     >>> blank = lambda ids: torch.zeros(*ids.shape, layout.tokenizer.vocab_size)
@@ -127,6 +128,9 @@ def speakers_table(tuned: dict, layout: Layout, train_talk: Talk, val_talk: Talk
     asked_of = quizzes(train_talk, val_talk)
     lines = [{"row": "chance", "share": 1 / len(asked_of["seen"][0])}]
     for quiz, (names, talk) in asked_of.items():
+        if len(names) < 2:
+            print(f"{quiz}: left out, the text is too short for two speakers in both of its parts")
+            continue
         asked, count = questions(names, talk, sizes.speeches), by_characters(names, train_talk, layout.tokenizer.characters)
         costs = []
         for seed, (_, before, speech) in enumerate(asked):

@@ -244,10 +244,26 @@ def test_a_text_without_speakers_is_cut_into_turns():
 def test_three_speakers_are_no_play():
     play = "\n\n".join(f"{who}:\nhi no." for who in "ABCABC")
     four = f"{play}\n\nD:\nno"
-    for texts in ((play, four, four), (four, play, four), (four, four, "hi no. " * 9)):  # to be tested by no speeches
+    for texts in ((play, four, four), (four, play, four), (four, four, "hi no. " * 9), (four, four, "Z:\nhi no.")):  # to be tested by no speeches
         assert dialogue.talks(*texts, LAYOUT)[0][0] != ("", "A", "hi no.")
-    for texts in ((four, four, four), (four, four, play), (four, four, "Z:\nhi no.")):  # others may speak in the test text
+    for texts in ((four, four, four), (four, four, play), (four, four, four.replace("A", "Z"))):  # others may speak in the test text
         assert dialogue.talks(*texts, LAYOUT) == tuple(map(dialogue.dialogue, texts))
+
+
+@pytest.mark.parametrize("speech", ["no", "no " * 9], ids=["prompts too short", "answers too long"])
+def test_a_play_without_a_usable_speech_is_cut_into_turns(speech):
+    """Whatever the speeches are like, there are rows to train on and full prompts to ask with."""
+    play = "\n\n".join(f"{who}:\n{speech}" for who in "ABCD" * 9)
+    for talk in dialogue.talks(play, play, play, LAYOUT):
+        rows = LAYOUT.rows(talk)
+        assert len(rows) == len(talk) and len(dialogue.full_prompts(rows, LAYOUT, 3)) == 3
+
+
+@pytest.mark.parametrize("preset", h.PRESETS.values(), ids=h.PRESETS)
+def test_the_shortest_text_that_is_not_refused_has_an_exchange(preset):
+    layout = dialogue.Layout(ALPHABET, preset.seq_len)
+    _, val = dialogue.talks("hi no. " * preset.seq_len, ("hi no. " * preset.seq_len)[: preset.seq_len], layout)
+    assert len(val) == 1 and len(dialogue.full_prompts(layout.rows(val), layout, 8)) == 1
 
 
 ROWS = LAYOUT.rows([("hi hi hi hi hi", who, speech) for who, speech in zip("ABCD", ("no.", "", "hi hi", "no no no"))])

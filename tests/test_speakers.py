@@ -100,6 +100,15 @@ def test_table_of_speakers():
             assert line["each"] == "A 1.00, B 1.00, C 1.00, D 1.00"
 
 
+def test_a_quiz_without_two_speakers_says_so(capsys):
+    """The shortest texts have one exchange to validate on."""
+    talk = [("hi hi", who, "hi") for who in "ABCD"]
+    sizes = dialogue.Sizes(None, 1, speeches=1, name_samples=2, guided=1)
+    table = speakers.speakers_table({"LLaDA": knows_who, "AR": knows_who}, LAYOUT, talk, talk[:1], sizes)
+    assert capsys.readouterr().out.startswith("held out: left out, the text is too short")
+    assert table["row"].str.endswith(("chance", "seen")).all() and len(table) == 5
+
+
 def test_addressed_in_turns_after_speeches_that_fill_the_prompt():
     talk = [("hi " * 9, "A", ""), ("hi", "B", ""), ("no " * 9, "C", "")]
     asked = speakers.addressed(NAMES, talk, "", LAYOUT, count=6)
