@@ -262,8 +262,9 @@ def test_a_play_without_a_usable_speech_is_cut_into_turns(speech):
 @pytest.mark.parametrize("preset", h.PRESETS.values(), ids=h.PRESETS)
 def test_the_shortest_text_that_is_not_refused_has_an_exchange(preset):
     layout = dialogue.Layout(ALPHABET, preset.seq_len)
-    _, val = dialogue.talks("hi no. " * preset.seq_len, ("hi no. " * preset.seq_len)[: preset.seq_len], layout)
-    assert len(val) == 1 and len(dialogue.full_prompts(layout.rows(val), layout, 8)) == 1
+    long = "hi no. " * preset.seq_len
+    for talk in dialogue.talks(long, long[: preset.seq_len], long[: preset.seq_len], layout)[1:]:
+        assert len(talk) == 1 and len(dialogue.full_prompts(layout.rows(talk), layout, 8)) == 1
 
 
 ROWS = LAYOUT.rows([("hi hi hi hi hi", who, speech) for who, speech in zip("ABCD", ("no.", "", "hi hi", "no no no"))])
