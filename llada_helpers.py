@@ -1331,23 +1331,6 @@ def grouped(values: list[dict[str, float]]) -> dict[str, float]:
     return {key: number for name, x in table.items() for key, number in ((name, x.mean()), (f"{name} ±", half_width(x)))}
 
 
-def ngram_judge(text: str, order: int = 6) -> Callable[[str, int], float]:
-    """judge(written, start): nats per character of written[start:] under an n-gram model of `text` (Witten-Bell smoothing)."""
-    grams = Counter(run for n in range(1, order + 1) for run in runs_of(text, n))
-    seen = Counter(run for n in range(order) for run in runs_of(text[:-1], n))  # contexts: how often something follows
-    kinds = Counter(gram[:-1] for gram in grams)  # how many characters do
-    def judge(written: str, start: int) -> float:
-        nats = 0.0
-        for i in range(start, len(written)):
-            p = 1 / kinds[""]
-            for context in (written[k:i] for k in range(i, max(-1, i - order), -1)):
-                if context in seen:
-                    p = (grams[context + written[i]] + kinds[context] * p) / (seen[context] + kinds[context])
-            nats -= math.log(p)
-        return nats / (len(written) - start)
-    return judge
-
-
 # 9. Tables, figures, widgets -----------------------------------------------------------------------------------------
 LLADA_COLOR, AR_COLOR, MASK_COLOR, REAL_COLOR = "#0072B2", "#D55E00", "#9A9A9A", "#009E73"  # Okabe & Ito, colour-blind safe
 MASK_FACE, NEW_FACE = "#D2D2D2", "#F0E442"  # behind a masked and behind a just committed character

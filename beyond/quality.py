@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -70,6 +72,30 @@ def write(
     return H.generate_ar(model, template[:, :start], count, start_id=H.START_ID, forbidden=(H.MASK_ID, *SPECIAL), **options)
 
 
+def ngram_judge(text: str, order: int = 6) -> Callable[[str, int], float]:
+    """judge(written, start): nats per character of written[start:] under an n-gram model of `text` (Witten-Bell smoothing).
+
+    >>> judge = ngram_judge("abababab", order=2)
+    >>> judge("abab", 1) < judge("abba", 1)
+    True
+    """
+    grams = Counter(run for n in range(1, order + 1) for run in H.runs_of(text, n))
+    seen = Counter(run for n in range(order) for run in H.runs_of(text[:-1], n))  # contexts: how often something follows
+    kinds = Counter(gram[:-1] for gram in grams)  # how many characters do
+
+    def judge(written: str, start: int) -> float:
+        nats = 0.0
+        for i in range(start, len(written)):
+            p = 1 / kinds[""]
+            for context in (written[k:i] for k in range(i, max(-1, i - order), -1)):
+                if context in seen:
+                    p = (grams[context + written[i]] + kinds[context] * p) / (seen[context] + kinds[context])
+            nats -= math.log(p)
+        return nats / (len(written) - start)
+
+    return judge
+
+
 class TextMeasure:
     """Scores of continuations by the training text alone, with 95% intervals over H.GROUPS groups of texts.
 
@@ -83,7 +109,7 @@ class TextMeasure:
     """
 
     def __init__(self, tokenizer: H.CharTokenizer, train_text: str):
-        self.tokenizer, self.judge = tokenizer, H.ngram_judge(train_text)
+        self.tokenizer, self.judge = tokenizer, ngram_judge(train_text)
         self.copies = set(H.runs_of(train_text))
         self.words = {word.lower() for word in H.WORD.findall(train_text)}
 

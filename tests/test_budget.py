@@ -71,7 +71,7 @@ def test_measure_is_that_of_part_8(in_folder):
     assert row["nats/char"] == h.per_character(nats, real.sum(dim=1))[0]
     _, template = quality.prompts(windows, SMOKE.texts)
     made = quality.write(model, template, temperature=1.0, generator=torch.Generator().manual_seed(0))
-    judge = h.ngram_judge(TEXT[: len(TRAIN)])
+    judge = quality.ngram_judge(TEXT[: len(TRAIN)])
     each = [judge(TOKENIZER.decode(ids), quality.PREFIX) for ids in made.ids]
     assert row["judge nats/char"] == pytest.approx(np.mean(each)) and row["sample"].startswith("to be")
     assert len(row["sample"]) == SMOKE.seq_len and row["TFLOP"] == budget.training_flop(job) / 1e12

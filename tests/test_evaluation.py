@@ -18,6 +18,7 @@ from notebooks import MAIN, ROOT, sources
 from rapidfuzz.distance import Levenshtein
 
 import llada_helpers as h
+from beyond import quality
 
 
 def windows_of(text_noise: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +182,7 @@ def test_diversity_knows_the_same_from_the_different(diversity):
 @pytest.mark.parametrize("text", ["abracadabra", "aab", "abc", "ab" * 20 + "c", "a"])
 def test_the_judges_probabilities_sum_to_one(text, order):
     """After every context, also one that stands at the end of the text alone, or nowhere."""
-    judge, alphabet = h.ngram_judge(text, order), sorted(set(text))
+    judge, alphabet = quality.ngram_judge(text, order), sorted(set(text))
     for length in range(5):
         for context in map("".join, itertools.product(alphabet, repeat=length)):
             p = [math.exp(-judge(context + c, length)) for c in alphabet]
@@ -190,7 +191,7 @@ def test_the_judges_probabilities_sum_to_one(text, order):
 
 def test_the_judge_by_hand():
     """Witten-Bell: a context seen n times with k kinds of successors leaves k / (n + k) to the shorter context."""
-    judge = h.ngram_judge("aab", order=2)
+    judge = quality.ngram_judge("aab", order=2)
     b = (1 + 2 * (1 / 2)) / (3 + 2)  # 1 of 3 characters, 2 kinds, over a uniform 1/2
     after_a = (1 + 2 * b) / (2 + 2)  # "ab" once after two "a" that something follows
     assert judge("b", 0) == pytest.approx(-math.log(b))
@@ -201,7 +202,7 @@ def test_the_judge_by_hand():
 
 def test_the_judge_prefers_what_it_has_read():
     text = "to be, or not to be: that is the question. " * 5
-    judge = h.ngram_judge(text)
+    judge = quality.ngram_judge(text)
     assert judge("to be, or not to be", 5) < 0.5 < 2 < judge("tqbhe r,oo:ubt to e", 5)
 
 

@@ -201,7 +201,7 @@ def test_measure_is_of_these_texts_and_blanks(kind):
     assert row["block length"] == length
     assert (row["nats/char"], row["95% ±"]) == h.per_character(*knob.window_nats(run.model, VAL, SMOKE.nelbo_samples))
     assert (row["infilled"], row["infilled ±"]) == h.share(knob.infilled(run.model, *knob.blanks(windows, SMOKE.blanks)))
-    judge, words = h.ngram_judge(TEXT[: len(TRAIN)]), {w.lower() for w in h.WORD.findall(TEXT[: len(TRAIN)])}
+    judge, words = quality.ngram_judge(TEXT[: len(TRAIN)]), {w.lower() for w in h.WORD.findall(TEXT[: len(TRAIN)])}
     for name, count in knob.passes(length).items():
         made = knob.fill(run.model, quality.prompts(windows, SMOKE.texts)[1], count, 1.0, seeded(0))
         texts = [TOKENIZER.decode(ids) for ids in made.ids]

@@ -9,7 +9,7 @@ import torch
 from oracle import MASK, START
 
 import llada_helpers as h
-from beyond import dialogue, speakers
+from beyond import dialogue, quality, speakers
 
 NAMES = ["A", "B", "C", "D"]
 ALPHABET = h.CharTokenizer.from_text("ABCD:\n hinot.")
@@ -140,7 +140,7 @@ def test_referee_prefers_the_right_name():
 
 def test_table_of_guidance():
     asked, real = [(i % 4, "hi hi hi hi") for i in range(h.GROUPS)], speakers.questions(NAMES, TALK, 1)
-    judge = h.ngram_judge("hi no to t. " * 20)
+    judge = quality.ngram_judge("hi no to t. " * 20)
     table = speakers.guidance_table(MODELS, LAYOUT, asked, NAMES, judge, real, strengths=(0.0, 2.0))
     assert table["row"].tolist() == ["w = 0.0", "w = 2.0", "real speeches"] and math.isnan(table["w"].iloc[-1])
     assert table["log odds, nats"].iloc[-1] > 0 and (table["log odds, nats ±"] >= 0).all()
