@@ -244,9 +244,11 @@ def test_a_text_without_speakers_is_cut_into_turns():
 def test_three_speakers_are_no_play():
     play = "\n\n".join(f"{who}:\nhi no." for who in "ABCABC")
     four = f"{play}\n\nD:\nno"
-    for texts in ((play, four, four), (four, play, four), (four, four, "hi no. " * 9), (four, four, "Z:\nhi no.")):  # to be tested by no speeches
+    untested = (four, four, "hi no. " * 9), (four, four, "Z:\nhi no.")  # by no speech that fits
+    for texts in ((play, four, four), (four, play, four), *untested):
         assert dialogue.talks(*texts, LAYOUT)[0][0] != ("", "A", "hi no.")
-    for texts in ((four, four, four), (four, four, play), (four, four, four.replace("A", "Z"))):  # others may speak in the test text
+    others = four.replace("A", "Z")  # may speak in the test text
+    for texts in ((four, four, four), (four, four, play), (four, four, others)):
         assert dialogue.talks(*texts, LAYOUT) == tuple(map(dialogue.dialogue, texts))
 
 
