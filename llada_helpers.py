@@ -77,8 +77,7 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")  # all line ends become "\n"
     except (OSError, UnicodeDecodeError) as error:
-        complaint = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
-        raise ValueError(f"{path} {complaint} ({error}); pass a text file in UTF-8 (iconv -t UTF-8 makes one)") from error
+        raise ValueError(f"{path} cannot be read as UTF-8 ({error}); pass a text file that can (iconv -t UTF-8)") from error
     if not text.strip() or "\0" in text:
         raise ValueError(f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text")
     return text
@@ -1445,10 +1444,9 @@ def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> 
     for step in (-1, *generation.steps()):
         now, before = (generation.state_after(s)[0] for s in (step, max(step - 1, -1)))
         states = torch.where(now == MASK_ID, 0, torch.where(now != before, 1, settled)).tolist()
-        cells = [(tokenizer.decode([token]) or "·", state) for token, state in zip(now.tolist(), states)]
-        for i, (glyph, state) in enumerate(cells):
-            if glyph == "\n":  # visible when new, or where the finished text has no line break
-                cells[i] = ("" if state > 1 and finished[i] == "\n" else "↵", state)
+        glyphs = (tokenizer.decode([token]) or "·" for token in now.tolist())
+        # A line break is visible when new, or where the finished text has none.
+        cells = [("" if g == f == "\n" and s > 1 else g.replace("\n", "↵"), s) for g, f, s in zip(glyphs, finished, states)]
         made.append([cells[slice(*match.span())] for match in re.finditer(line, finished)])
     return made
 

@@ -358,6 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = _parser().parse_args(arguments)
     preset = H.PRESETS[arguments.preset] if arguments.preset else H.choose_preset()
     text = H.load_text()
+    H.require(text, preset)
     if arguments.command == "train":
         tokenizer = H.CharTokenizer.from_text(text)
         jobs = preset.jobs(tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])

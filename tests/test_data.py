@@ -134,10 +134,10 @@ BAD_FILES = {
     "empty": (b"", "is empty"),
     "only BOM": (b"\xef\xbb\xbf", "is empty"),
     "white space": (b" \r\n\t\n", "only white space"),
-    "UTF-16 with BOM": ("\ufeffa\u00e9".encode("utf-16-le"), "not UTF-8"),
+    "UTF-16 with BOM": ("\ufeffa\u00e9".encode("utf-16-le"), "cannot be read as UTF-8"),
     "UTF-16 without BOM": ("all ASCII".encode("utf-16-le"), "NUL"),
-    "Latin-1": ("na\u00efve".encode("latin-1"), "not UTF-8"),
-    "cut inside a character": ("a\u00e9".encode()[:-1], "not UTF-8"),
+    "Latin-1": ("na\u00efve".encode("latin-1"), "cannot be read as UTF-8"),
+    "cut inside a character": ("a\u00e9".encode()[:-1], "cannot be read as UTF-8"),
     "missing": (None, "cannot be read"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -116,7 +117,10 @@ def test_smoke_gives_the_same_numbers_twice(twice):
 
 
 def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
-    """The main notebook in an empty folder without any network, beside both on a text of one's own."""
+    """The main notebook in an empty folder without any network, beside both on a text of one's own.
+
+    That is about as short as may be, in no alphabet that a font has at once, and takes itself and its name for markup.
+    """
     repository, bare, own = (tmp_path / name for name in ("repository", "bare", "own"))
     for directory in (repository, bare, own):
         directory.mkdir()
@@ -126,10 +130,16 @@ def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
     (bare / "pip").mkdir()
     for module in ("__init__", "__main__"):  # a pip that does nothing: all is installed, and there is no network
         (bare / "pip" / f"{module}.py").write_text("")
-    (own / "own_words.txt").write_text("Die Würde des Menschen ist unantastbar.\r\n" * 60, encoding="utf-8")
+    line = "Die <b>W\u00fcrde</b> kostet $73 oder $6_2 & 0.1%\t\u5929\u4e0b `x` *\U0001f44d* [___]\r\n"
+    name = "own_$5_to_$_^{9.txt"
+    (own / name).write_text((line * 20)[:700], encoding="utf-8")
     alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=str(bare), **OFFLINE)
-    finish(start(own, MAIN, LLADA_DATA="own_words.txt"), alone)
+    finish(start(own, MAIN, LLADA_DATA=name), alone)
     assert "TINYSHAKESPEARE COULD NOT BE DOWNLOADED" in json.dumps(outputs(bare / MAIN))
-    assert "offline corpus" in printed(bare / MAIN) and "own_words" in printed(own / MAIN)
-    finish(start(own, BEYOND, LLADA_DATA="own_words.txt"))
+    assert "offline corpus" in printed(bare / MAIN) and Path(name).stem in printed(own / MAIN)
+    finish(start(own, BEYOND, LLADA_DATA=name))
+    for notebook in (MAIN, BEYOND):
+        assert_clean(own / notebook)
+        tables = re.findall("<table[^>]*>", json.dumps(outputs(own / notebook)))
+        assert tables and all("tex2jax_ignore" in table and "mathjax_ignore" in table for table in tables)
     assert {line[3:] for line in git(own, "status", "--porcelain", "-uno").splitlines()} == set(NOTEBOOKS)
