@@ -207,12 +207,13 @@ def quality(ar: h.Transformer, written: torch.Tensor, tokenizer, window: int) ->
 
 
 def decoding_rows(preset: h.Preset, tokenizer, text, device, rounds: int, length: int, batches: list[int]) -> list[dict]:
-    """AR with and without cache, and LLaDA with each decoder, continuing prompts from the validation text."""
+    """AR with and without cache, and LLaDA with each decoder, continuing prompts from the test text."""
     free, rows = length - PROMPT, []
     llada, llada_trained = load(preset, tokenizer.vocab_size, False, length, device)
     ar, ar_trained = load(preset, tokenizer.vocab_size, True, length, device)
-    _, val_ids = h.split(tokenizer.encode(text))
-    prompts = h.windows(val_ids, PROMPT, pad_id=h.MASK_ID)[:-1]
+    _, rest = h.split(tokenizer.encode(text))
+    _, test_ids = h.split(rest, 0.5)
+    prompts = h.windows(test_ids, PROMPT, pad_id=h.MASK_ID)[:-1]
     chosen = decoders(llada, ar, free)
     if length > preset.seq_len:  # what the cache is about; the rest is told by the model's own length
         chosen = {name: decode for name, decode in chosen.items() if "cache" in name or "entropy, " in name}

@@ -10,7 +10,6 @@ are those of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.0999
 """
 
 import ast
-import bisect
 import contextlib
 import functools
 import hashlib
@@ -42,10 +41,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
-from IPython.display import Markdown, display
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from IPython.display import HTML, Markdown, display
+from matplotlib import font_manager
+from scipy import stats
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -61,7 +61,8 @@ CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 
 def cache_path() -> Path:
     """Where the downloaded corpus is kept (and where it can be put by hand)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llada" / "tinyshakespeare.txt"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(tempfile.gettempdir() if folder.startswith("~") else folder, "llada", "tinyshakespeare.txt")  # some have no home
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -74,12 +75,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read the text file {path}: {error}; pass the path of a readable text file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); pass a UTF-8 file, such as iconv -t UTF-8 makes") from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = path.read_text(encoding="utf-8-sig")  # all line ends become "\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 ({error}); pass a text file that can (iconv -t UTF-8)") from error
     if not text.strip() or "\0" in text:
         raise ValueError(f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text")
     return text
@@ -97,14 +95,14 @@ def load_text(path: str | os.PathLike | None = None) -> str:
     if path := path or os.environ.get("LLADA_DATA"):
         return _read_text(Path(path))
     cached = cache_path()
+    with contextlib.suppress(OSError):  # there is no cache, or none that may be read
+        if is_corpus(data := cached.read_bytes()):
+            return data.decode()
     try:
-        if not cached.exists() or hashlib.sha256(cached.read_bytes()).hexdigest() != CORPUS_SHA256:
-            response = requests.get(CORPUS_URL, timeout=(5, 30))
-            response.raise_for_status()
-            if hashlib.sha256(response.content).hexdigest() != CORPUS_SHA256:
-                raise OSError(f"the SHA-256 of the download is not {CORPUS_SHA256}")
-            write_atomically(cached, response.content)
-        return _read_text(cached)
+        response = requests.get(CORPUS_URL, timeout=(5, 30))
+        response.raise_for_status()
+        if not is_corpus(response.content):
+            raise OSError(f"the SHA-256 of the download is not {CORPUS_SHA256}")
     except OSError as error:  # requests' exceptions are OSErrors
         warnings.warn(
             f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Using Python's own help texts instead: the numbers "
@@ -112,14 +110,34 @@ def load_text(path: str | os.PathLike | None = None) -> str:
             stacklevel=2,
         )
         return _offline_corpus()
+    with contextlib.suppress(OSError):  # a text that cannot be kept is there all the same
+        write_atomically(cached, response.content)
+    return response.content.decode()
+
+
+def is_corpus(text: bytes) -> bool:
+    """Is it TinyShakespeare? Its checksum says so, never the name of a file."""
+    return hashlib.sha256(text).hexdigest() == CORPUS_SHA256
 
 
 def corpus_name(text: str) -> str:
-    """The name that tables and figure titles give to `text`."""
-    if hashlib.sha256(text.encode()).hexdigest() == CORPUS_SHA256:
+    """What tables and figure titles call `text`: one's own by its file's name, if that is honest and figures have its letters."""
+    if is_corpus(text.encode()):
         return "TinyShakespeare"
-    own = "offline corpus (Python help topics)" if text == _offline_corpus() else None
-    return own or Path(os.environ.get("LLADA_DATA") or "own text").stem
+    if text == _offline_corpus():
+        return "offline corpus (Python help topics)"
+    name = Path(os.environ.get("LLADA_DATA") or "own text").stem
+    letters = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    claim = re.sub(r"[\W_]", "", name).casefold() == "tinyshakespeare"
+    return "own text" if claim or not set(map(ord, name)) <= letters.keys() else name
+
+
+def require(text: str, preset: "Preset") -> None:
+    """ValueError, before anything is trained, if `text` is too short for `preset`: training takes 80%, and each of the two parts
+    that are left, for validation and test, must fill one window of `seq_len` characters."""
+    if len(text) < 10 * preset.seq_len:
+        needs = [f"{name} needs {10 * known.seq_len:,}" for name, known in PRESETS.items()]
+        raise ValueError(f"the text has {len(text):,} characters; pass a longer one, or set LLADA_PRESET ({', '.join(needs)})")
 
 
 class CharTokenizer:
@@ -135,7 +153,7 @@ class CharTokenizer:
 
     def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
         known = [*SPECIAL_TOKENS, *characters, *special]
-        if len(set(known)) != len(known) or not characters or "" in known or any(len(name) < 2 for name in special):
+        if len(set(known)) < len(known) or not characters or "" in known or len(min(special, key=len, default="ab")) < 2:
             raise ValueError(f"characters={characters!r}, special={special}: pass distinct ones, special ones of two letters up")
         self.characters, self.special, self.vocab_size = characters, tuple(special), len(known)
         self._id_of = {c: i for i, c in enumerate(known)}
@@ -167,11 +185,10 @@ class CharTokenizer:
         try:
             made = json.loads(text)
             names, characters = made["special_tokens"], made["characters"]
-            strings = isinstance(characters, (str, list)) and all(isinstance(c, str) for c in characters)
-            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not strings:
+            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not {type(characters), *map(type, characters)} <= {str, list}:
                 raise TypeError(f"special_tokens={names}, characters={characters}")
             return cls(characters, tuple(names[len(SPECIAL_TOKENS) :]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
 
@@ -201,39 +218,71 @@ def _uniform(shape, like: Tensor, generator: torch.Generator | None, dtype=torch
     return torch.rand(shape, generator=generator, device=device, dtype=dtype).to(like.device)
 
 
-def _check_maskable(sequences: Tensor, maskable: Tensor | None) -> Tensor:
-    if sequences.ndim != 2:
-        raise ValueError(f"sequences has shape {tuple(sequences.shape)}; pass ids of shape [B, L]")
-    if maskable is None:
-        return torch.ones_like(sequences, dtype=torch.bool)
-    if maskable.shape != sequences.shape or maskable.dtype != torch.bool:
-        raise ValueError(f"maskable is {maskable.dtype} {tuple(maskable.shape)}; pass bool {tuple(sequences.shape)}")
-    return maskable
+def _refuse(wrong: bool, said: str) -> None:
+    if wrong:
+        raise ValueError(said)
 
 
-def _check_times(t: float | Tensor, sequences: Tensor, lowest_included: bool) -> Tensor:
+def _check_ids(ids: Tensor, model, special: set[int]) -> None:
+    config, said = getattr(model, "config", None), f"{ids.dtype} {tuple(ids.shape)}"
+    _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"sequences, template or prompt is {said}; pass a LongTensor [B, L] of ids")
+    if config:
+        used = special | ({int(ids.min()), int(ids.max())} if ids.numel() and ids.device.type == "cpu" else set())  # no GPU waits
+        outside = not 0 <= min(used) <= max(used) < config.vocab_size
+        _refuse(outside, f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}")
+
+
+def _check_times(t: float | Tensor, sequences: Tensor, lowest: float) -> Tensor:
     t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device)
-    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != sequences.shape[0]):
-        raise ValueError(f"t has shape {tuple(t.shape)}; pass one number or one per sequence ({sequences.shape[0]})")
-    inside = (t >= 0 if lowest_included else t > 0) & (t <= 1)
-    if not bool(inside.all()):
-        raise ValueError(f"t must lie in {'[' if lowest_included else '('}0, 1], got {t.tolist()}")
-    return t.expand(sequences.shape[0])
+    rows, inside = len(sequences), (t >= lowest) & (t <= 1)
+    _refuse(t.ndim > 1 or (t.ndim == 1 and len(t) != rows), f"t has shape {tuple(t.shape)}; pass one number or {rows}, one a row")
+    _refuse(not bool(inside.all()), f"t={t.tolist()}: pass times in {'(' if lowest else '['}0, 1]")
+    return t.expand(rows)
 
 
+def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.bool), lowest: float = 0.0) -> Callable:
+    """Decorator that checks arguments by their names and fills in defaults, so that what is below it reads as its equation.
+
+    `maskable`: from ids [B, L] to BoolTensor[B, L], the default of what may be masked or is counted; `lowest`: of the times.
+    """
+    def decorate(function):
+        signature = inspect.signature(function)
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            a = bound.arguments
+            ids = next(a[name] for name in ("sequences", "template", "prompt") if name in a)
+            special = {a[name] for name in ("mask_id", "start_id") if name in a} | set(a.get("forbidden", ()))
+            _check_ids(ids, a.get("model"), special)
+            for name in {"maskable", "mask", "counted"} & a.keys():
+                default = (ids != a["pad_id"]) if "pad_id" in a else maskable(ids)
+                a[name] = default if a[name] is None else a[name]
+                wrong = a[name].shape != ids.shape or a[name].dtype != torch.bool
+                _refuse(wrong, f"{name} is {a[name].dtype} {tuple(a[name].shape)}; pass bool {tuple(ids.shape)}")
+            for name in {"steps", "n_samples", "length"} & a.keys():
+                _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
+            if a.get("t") is not None:
+                a["t"] = _check_times(a["t"], ids, lowest)
+            if "top_p" in a:
+                _check_sampling(ids, a)
+            return function(*bound.args, **bound.kwargs)
+        return wrapped
+    return decorate
+
+
+@_checked()
 def forward_process(sequences: Tensor, t: float | Tensor, mask_id: int, maskable: Tensor | None = None,
-                    generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mask each maskable token of sequences LongTensor[B, L] independently with probability t (Eqs. 7-8).
+                    generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Mask each token of sequences [B, L] with probability t, [B] or one number: x_t and what is masked, both [B, L] (Eqs. 7-8).
 
-    `t`: time in [0, 1], one number or FloatTensor[B]; `maskable`: BoolTensor[B, L], default everything. Returns the masked
-    sequences LongTensor[B, L], and BoolTensor[B, L], true where a token was masked.
+    `maskable`: BoolTensor[B, L], the tokens that may be masked, default all. Returns LongTensor[B, L] and BoolTensor[B, L].
+    ValueError: t outside [0, 1], or shapes that do not fit.
 
     >>> ids, generator = torch.tensor([[5, 6, 7, 8, 9, 5]]), torch.Generator().manual_seed(0)
     >>> forward_process(ids, 0.5, MASK_ID, generator=generator)[0].tolist()
     [[1, 6, 1, 1, 1, 5]]
     """
-    maskable = _check_maskable(sequences, maskable)
-    t = _check_times(t, sequences, lowest_included=True)
     mask = (_uniform(sequences.shape, sequences, generator) < t[:, None]) & maskable
     return sequences.masked_fill(mask, mask_id), mask
 
@@ -293,14 +342,24 @@ class KVCache:
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
 
 
-def _rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
+class RMSNorm(torch.autograd.Function):
+    """x divided by the root of its mean square over the last dimension: eight kernels with its gradient, PyTorch's own fifteen."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.shape[-1] ** -0.5
+        y = x / rms.clamp_(min=1e-6)
+        ctx.save_for_backward(y, rms)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        y, rms = ctx.saved_tensors
+        return torch.addcmul(gradient, y, (gradient * y).mean(dim=-1, keepdim=True), value=-1) / rms
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): x [B, H, L, D] turned pairwise by angles [L, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotary positions (Su et al. 2021): x [..., L, D], coordinates i and i + D/2 turned by an angle, cos and sin [L, D]."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Block(nn.Module):
@@ -310,7 +369,7 @@ class Block(nn.Module):
         width = config.n_embd
         self.n_head, self.causal = config.n_head, config.causal
         self.scale = config.attention_scale * config.n_head / width
-        self.attention_norm, self.mlp_norm = (nn.RMSNorm(width, elementwise_affine=False) for _ in range(2))
+        self.attention_norm = self.mlp_norm = RMSNorm.apply
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
@@ -323,9 +382,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible=None, cache=None, layer=0, start=0) -> Tensor:
         B, L, C = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(B, L, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
-        q, k = _rotate(_rms_norm(q), cos, sin), _rotate(_rms_norm(k), cos, sin)
+        qkv = self.qkv(self.attention_norm(x)).view(B, L, 3 * self.n_head, C // self.n_head).transpose(1, 2)
+        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)  # q and k as one: half the kernels
+        q, k = _rotate(RMSNorm.apply(qk), cos, sin).to(v.dtype).chunk(2, dim=1)  # each [B, H, L, D], as v
         if cache is not None:
             k, v = cache.write(layer, start, k, v)
         causal = self.causal and visible is None and L > 1
@@ -338,8 +397,10 @@ class Block(nn.Module):
 class Transformer(nn.Module, PyTorchModelHubMixin):
     """Ids LongTensor[B, L] to logits FloatTensor[B, L, vocab_size], L at most `config.seq_len`; a mask predictor, or AR.
 
-    [PAD] is never attended to. `save_pretrained`, `from_pretrained`, `push_to_hub` come from huggingface_hub (safetensors, json).
+    [PAD] is never attended to. `padding` says whether ids hold any; None looks, for which a GPU must stop. `save_pretrained`, `from_pretrained`, `push_to_hub` come from huggingface_hub (safetensors, json).
     """
+    padding: bool | None = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -350,23 +411,23 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
         angles = torch.outer(torch.arange(config.seq_len), config.rotary_base ** -(torch.arange(half) / half))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", torch.cat((angles.sin(), -angles.sin()), dim=1), persistent=False)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
         if ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len:
             raise ValueError(f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
         here = slice(start, start + ids.shape[1])
-        x, visible = _rms_norm(self.embed(ids)), self._visible(ids == PAD_ID, cache, start)
+        x, visible = RMSNorm.apply(self.embed(ids)), self._visible(ids == PAD_ID, cache, start)
         for layer, block in enumerate(self.blocks):
             x = block(x, self.cos[here], self.sin[here], visible, cache, layer, start)
-        return self.head(_rms_norm(x)).float()
+        return self.head(RMSNorm.apply(x)).float()
 
     def _visible(self, padded: Tensor, cache: KVCache | None, start: int) -> Tensor | None:
         """BoolTensor[B, 1, query, key], or None, the fast path: only padding and slices inside a causal sequence need a mask."""
         hidden, L = padded if cache is None else cache.mark(start, padded), padded.shape[1]
         inside = self.config.causal and start > 0 and not L == hidden.shape[1] - start == 1
-        if not (inside or bool(hidden.any())):
+        if not (inside or (bool(hidden.any()) if self.padding is None else self.padding)):
             return None
         query = torch.arange(start, start + L, device=padded.device)[:, None]
         key = torch.arange(hidden.shape[1], device=padded.device)
@@ -380,24 +441,30 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
 
 # 4. Losses: both models minimise a weighted negative log-likelihood of (inputs, targets, weight) ----------------------
 POWER = 1.5  # of the masking schedule in training, t = u^POWER; see diffusion_batch
+SMALLEST = torch.finfo(torch.float32).tiny  # t > 0, since 1/t is a weight
 
 
+def real_tokens(sequences: Tensor) -> Tensor:
+    """BoolTensor[B, L]: everything but padding, what pre-training learns."""
+    return sequences != PAD_ID
+
+
+@_checked(real_tokens, lowest=SMALLEST)
 def diffusion_batch(sequences: Tensor, generator: torch.Generator | None = None, maskable: Tensor | None = None,
-                    mask_id: int = MASK_ID, t: float | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Inputs x_t, targets x_0 and the weights of Eq. 3: 1 / (t_b n_b) on masked tokens, n_b the maskable ones of row b.
+                    mask_id: int = MASK_ID, t: float | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs x_t, targets x_0 and weights, all [B, L]: 1/t on masked tokens, over the n maskable ones of the row (Eq. 3).
 
-    A window's gradient is the noisier, the smaller t is. So small t are drawn more often by default: t = u^p with stratified u,
-    p = `POWER`, and dt = p u^(p-1) du enters the weight, so that the expectation stays that of Eq. 3 (a polynomial schedule of
-    MD4, Shi et al. 2024: mask with probability u^p, weight p / u).
+    Small t are drawn more often by default: t = u^p with stratified u, p = `POWER`, and dt = p u^(p-1) du enters the weight, so
+    that the expectation stays that of Eq. 3 (a polynomial schedule of MD4, Shi et al. 2024: mask with probability u^p, weight
+    p / u). `maskable`: BoolTensor[B, L], default all but padding. ValueError: t outside (0, 1], or shapes that do not fit.
     """
-    maskable = _check_maskable(sequences, sequences != PAD_ID if maskable is None else maskable)
-    density = 1.0
+    dt_du, n = 1.0, maskable.sum(dim=1).clamp(min=1)
     if t is None:
         u = stratified_times(len(sequences), generator).to(sequences.device)
-        t, density = u**POWER, POWER * u ** (POWER - 1)
-    t = _check_times(t, sequences, lowest_included=False)
+        t, dt_du = u**POWER, POWER * u ** (POWER - 1)
     inputs, mask = forward_process(sequences, t, mask_id, maskable, generator)
-    return inputs, sequences, mask * (density / (t * maskable.sum(dim=1).clamp(min=1)))[:, None]
+    weight = mask / t[:, None] * (dt_du / n)[:, None]
+    return inputs, sequences, weight
 
 
 def next_token_batch(sequences: Tensor, generator: torch.Generator | None = None, counted: Tensor | None = None,
@@ -408,23 +475,19 @@ def next_token_batch(sequences: Tensor, generator: torch.Generator | None = None
     return inputs, sequences, counted * (len(sequences) / counted.sum().clamp(min=1))
 
 
-def real_tokens(sequences: Tensor) -> Tensor:
-    """BoolTensor[B, L]: everything but padding, what pre-training learns."""
-    return sequences != PAD_ID
-
-
 def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """Mean over rows of sum_i weight_i * -log p(target_i | inputs). Positions of weight 0 are never looked at."""
-    counted = weight > 0
-    nll = F.cross_entropy(model(inputs)[counted], targets[counted], reduction="none")
-    return (nll * weight[counted]).sum() / len(inputs)
+    """Mean over rows of sum_i weight_i * -log p(target_i | inputs). What is said where the weight is 0 does not matter."""
+    counted = targets.masked_fill(weight == 0, -100)  # cross_entropy passes over -100
+    nll = F.cross_entropy(model(inputs).flatten(0, 1), counted.flatten(), reduction="none")
+    return (weight.flatten() * nll).sum() / len(inputs)
 
 
+@_checked(lowest=SMALLEST)
 def llada_loss(model: MaskPredictor, sequences: Tensor, mask_id: int, t: float | Tensor | None = None,
-               maskable: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """The LLaDA loss, nats per maskable token; its expectation is the NELBO (Eqs. 3, 4; Eq. 5 if the prompt is not maskable).
+               maskable: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Eq. 3: mean over sequences [B, L] of (1/t) * (sum of the masked tokens' cross-entropies) / n, nats per token.
 
-    Mean over sequences x_0 LongTensor[B, L] of (1/t_b) * (sum of cross-entropies over masked tokens) / (number of maskable ones).
+    Its expectation is the NELBO (Eq. 4); Eq. 5 where the prompt is not maskable. n: the maskable tokens of the row.
     t: in (0, 1], one number or FloatTensor[B], default as `diffusion_batch` draws it. maskable: BoolTensor[B, L], default all.
 
     >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely: ln 8 = 2.08 nats
@@ -432,10 +495,11 @@ def llada_loss(model: MaskPredictor, sequences: Tensor, mask_id: int, t: float |
     >>> round(float(llada_loss(blank, ids, MASK_ID)), 1)
     2.1
     """
-    maskable = torch.ones_like(sequences, dtype=torch.bool) if maskable is None else maskable
-    return weighted_nll(model, *diffusion_batch(sequences, generator, maskable, mask_id, t))
+    inputs, targets, weight = diffusion_batch(sequences, generator, maskable, mask_id, t)
+    return weighted_nll(model, inputs, targets, weight)
 
 
+@_checked()
 def next_token_loss(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID) -> Tensor:
     """Mean AR cross-entropy, nats per token that is not padding; the first token is scored given [START] (Eq. 2)."""
     return weighted_nll(model, *next_token_batch(sequences, None, None, start_id, pad_id))
@@ -467,7 +531,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.transpose(1, 2)
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x
 
 
@@ -489,7 +553,10 @@ class Muon(torch.optim.AdamW):
             if not params:
                 continue
             grads = [p.grad for p in params]
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - 0.95)
             updates = torch.stack(torch._foreach_lerp(grads, momenta, 0.95))  # [n, rows, columns]
             n, rows, columns = updates.shape
@@ -518,7 +585,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / rise, (config.steps - step) / fall)
 
 
-TRAINING_PATH = "1"  # raise it with any change to this file that makes a training end with other weights
+TRAINING_PATH = "2"  # raise it with any change to this file that makes a training end with other weights
 
 
 @dataclass(frozen=True)
@@ -568,6 +635,13 @@ class Job:
             return ar_nll(model, sequences, START_ID, counted=learned)
         return nelbo(model, sequences, MASK_ID, n_samples=4, maskable=learned, generator=generator)
 
+    @torch.no_grad()
+    def validation_accuracy(self, model: MaskPredictor, sequences: Tensor) -> float:
+        """Share of right predictions in one fixed batch, weighted as in the loss: for LLaDA over all masking rates alike."""
+        inputs, targets, weight = self.batch_function(sequences, torch.Generator().manual_seed(0), self.learned(sequences))
+        predicted = model(inputs.to(next(model.parameters()).device)).argmax(dim=-1).cpu()
+        return float((weight * (predicted == targets)).sum() / weight.sum())
+
 
 @dataclass
 class Run:
@@ -590,15 +664,21 @@ def training_batch(job: Job, step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def micro_batches(batch: tuple[Tensor, ...], accelerator: Accelerator) -> Iterator[tuple[Tensor, ...]]:
     """This process's share of a batch, on its device, in as many parts as gradients are accumulated over."""
-    mine = [x.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device) for x in batch]
-    return zip(*(x.chunk(accelerator.gradient_accumulation_steps) for x in mine))
+    mine = [x.chunk(accelerator.num_processes)[accelerator.process_index] for x in batch]
+    if accelerator.device.type == "cuda":  # pinned, a batch travels while the GPU still computes the steps before
+        mine = [x.pin_memory().to(accelerator.device, non_blocking=True) for x in mine]
+    return zip(*(x.to(accelerator.device).chunk(accelerator.gradient_accumulation_steps) for x in mine))
 
 
 def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelerator, log: "TrainingLog") -> None:
-    """Batch, loss, backward, step, log, save. Over processes and micro-batches Accelerate sums the gradient."""
-    config = job.train
+    """Batch, loss, backward, step, log, save. Over processes and micro-batches Accelerate sums the gradient.
+
+    Nothing in a step reads a value back, so that the CPU prepares the next ones while a GPU computes.
+    """
+    config, model = job.train, accelerator.unwrap_model(network)
     for step in log.steps_left():
         batch = training_batch(job, step)  # inputs, targets, weights: each [batch_size, seq_len]
+        model.padding = bool((batch[0] == PAD_ID).any())  # told here, on the CPU, the model need not look
         torch.manual_seed(config.seed * 1_000_003 + step + accelerator.process_index * 2**40)  # for dropout
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(step, config)
@@ -610,7 +690,7 @@ def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelera
                     norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-            log.losses.append(loss.detach())
+            log.note(loss.detach(), *micro_batch[1:])
         log.step = step + 1
         if log.step in log.eval_steps:
             log.validate(norm)
@@ -670,7 +750,7 @@ class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
         self.job, self.accelerator, self.quiet, mark = job, accelerator, quiet, job.fingerprint()
-        self.step, self.losses, self.writer = 0, [], None
+        self.step, self.noted, self.writer = 0, [], None
         known = sorted(path.name for path in root.glob(f"runs/*-{mark}"))  # the same training, under whatever name
         folder = (known or [f"{name}-{mark}"])[0]
         self.path, self.best = root / "runs" / folder, root / "checkpoints" / folder / "best"
@@ -687,6 +767,7 @@ class TrainingLog:
     def start(self, model: nn.Module, optimizer: Muon) -> None:
         """Take the newest sound state, if there is one, and open the record and TensorBoard."""
         self.model, self.optimizer, job, accelerator = model, optimizer, self.job, self.accelerator
+        model.register_forward_hook(lambda _, ids, logits: setattr(self, "logits", logits.detach()))
         self.best.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         self._resume()
@@ -722,24 +803,35 @@ class TrainingLog:
         self.bar = tqdm(todo, initial=self.step, total=self.job.train.steps, disable=silent, **shown)
         return self.bar
 
+    def note(self, loss: Tensor, targets: Tensor, weight: Tensor) -> None:
+        """Keep a micro-batch's loss, and the weights of right predictions and of all, as tensors that nobody waits for."""
+        right = weight * (self.logits.argmax(dim=-1) == targets)
+        self.noted.append(torch.stack((loss, right.sum() / len(right), weight.sum() / len(right))))
+
     def validate(self, norm: Tensor) -> None:
-        """Add a row to the metrics, or RuntimeError if the loss is not finite or far above that of a blank model."""
+        """Add a row to the metrics; RuntimeError if a loss is not finite, or the training loss above a blank model's, ln V.
+
+        In the first hundred steps, when a model may have to unlearn what it started with, three times that is let pass. A
+        validation loss that rises while the training loss falls is overfitting, which best/ has the answer to.
+        """
         config, sequences = self.job.train, self.job.validation_sequences()
-        train_loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "mean"))
+        train_loss, right, weight = self.accelerator.reduce(torch.stack(self.noted).mean(dim=0), "mean").tolist()
         self.twin.load_state_dict(self.model.state_dict())
         val_loss = float(self.job.validation_nats(self.twin, sequences).sum() / self.job.learned(sequences).sum())
         factor = learning_rate_factor(self.step - 1, config)
         self.progress["seconds"] += time.perf_counter() - self.started
         row = {"step": self.step, "tokens": self.step * config.batch_size * self.job.model.seq_len}
         row |= {"seconds": round(self.progress["seconds"], 2), "train_loss": train_loss, "val_loss": val_loss}
+        row |= {"train_acc": right / max(weight, 1e-9), "val_acc": self.job.validation_accuracy(self.twin, sequences)}
         row |= {"lr": config.muon_lr * factor, "grad_norm": float(norm)}
-        if not (math.isfinite(train_loss) and val_loss < 3 * math.log(self.job.model.vocab_size)):
+        blank = math.log(self.job.model.vocab_size) * weight * (1 if self.step > 100 else 3)
+        if not (train_loss <= blank and math.isfinite(train_loss + val_loss)):
             kept = f"the last good checkpoint is {self.states[0]}" if self.states[0].exists() else "there is no checkpoint yet"
             rates = f"now {factor:.3g} x {config.muon_lr} and {config.adamw_lr}"
             raise RuntimeError(f"{row}: worse than a blank model; lower muon_lr or adamw_lr, {rates}; {kept}")
         self.progress["rows"].append(row)
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
-        self.losses, self.started = [], time.perf_counter()
+        self.noted, self.started = [], time.perf_counter()
 
     def save(self) -> None:
         """The model to best/ if it is, metrics, TensorBoard, the state to go on from."""
@@ -751,7 +843,7 @@ class TrainingLog:
                 self.twin.save_pretrained(temporary)
                 for file in sorted(Path(temporary).iterdir()):
                     os.replace(file, self.best / file.name)
-        for key in ("train_loss", "val_loss", "lr", "grad_norm"):
+        for key in ("train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm"):
             self.writer.add_scalar(key, rows[key].iloc[-1], self.step)
         if self.accelerator.scaler:
             self.progress["scaler"] = self.accelerator.scaler.state_dict()
@@ -849,6 +941,18 @@ class Generation:
     def __post_init__(self):
         self.confidence = torch.ones_like(self.ids, dtype=torch.float) if self.confidence is None else self.confidence
 
+    @classmethod
+    def of(cls, template: Tensor) -> "Generation":
+        """The beginning: nothing is committed, all that is not masked was given."""
+        return cls(template, torch.full_like(template, -1), nfe=0)
+
+    def commit(self, step: int, stay: Tensor, tokens: Tensor, probs: Tensor) -> None:
+        """One pass more: `tokens` [B, L], of distributions [B, L, V], become final where BoolTensor[B, L] `stay` is true."""
+        if not bool(stay.any()):
+            raise ValueError("the strategy commits nothing where the schedule wants something; return a masked position")
+        self.ids, self.order, self.nfe = self.ids.where(~stay, tokens), self.order.masked_fill(stay, step), self.nfe + 1
+        self.confidence = self.confidence.where(~stay, probs.gather(-1, tokens[..., None])[..., 0].float())
+
     def state_after(self, step: int, mask_id: int = MASK_ID) -> Tensor:
         """LongTensor[B, L]: the sequences after `step`; step -1 is the template."""
         return self.ids.masked_fill(self.order > step, mask_id)
@@ -871,26 +975,58 @@ def _inference(function):
     return wrapped
 
 
-def _check_sampling(model: MaskPredictor, length: int, temperature: float, top_p: float) -> None:
-    longest = getattr(getattr(model, "config", None), "seq_len", length)
-    if not (temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature={temperature}, top_p={top_p}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)")
-    if length > longest:
-        raise ValueError(f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+def _float64(x: Tensor) -> Tensor:
+    """x in float64, on the CPU where its device has none (Apple's)."""
+    try:
+        return x.double()
+    except TypeError:
+        return x.cpu().double()
 
 
-def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+def _placed(function):
+    """Decorator: ids on the model's device, whatever it is; on the CPU, but for the model, if that device has no float64."""
+    @functools.wraps(function)
+    def wrapped(model, ids, *args, **kwargs):
+        parameter = next(model.parameters(), ids) if isinstance(model, nn.Module) else ids
+        asked, home = parameter.device, _float64(parameter.detach().flatten()[:0]).device
+        predict = model if home == asked else lambda x: model(x.to(asked)).to(home)
+        args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
+        return _inference(function)(predict, ids.to(home), *args, **kwargs)
+    return wrapped
+
+
+def _check_sampling(ids: Tensor, a: dict) -> None:
+    temperature, top_p, length = a["temperature"], a["top_p"], ids.shape[1] + a.get("length", 0)
+    longest = getattr(getattr(a["model"], "config", None), "seq_len", length)
+    wrong = not (0 <= temperature < math.inf and 0 < top_p <= 1)
+    _refuse(wrong, f"temperature={temperature}, top_p={top_p}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)")
+    _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+    if "prompt" in a:
+        padded = bool((ids == PAD_ID).any())
+        _refuse(padded, "a padded prompt would be continued after its padding; pass prompts of one length, without [PAD]")
+    else:
+        a["remasking"] = named_strategy(a["remasking"], a["generator"], a["block_length"])
+        nothing = not bool((ids == a["mask_id"]).any())
+        _refuse(nothing, "nothing to fill: pass a template with mask_id where tokens are wanted")
+
+
+def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, banned=()) -> Tensor:
     """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else an exact draw from the nucleus.
 
     The draw inverts the cumulative distribution in float64: float32 Gumbel noise would lower the temperature (Zheng et
-    al. 2024, arXiv:2409.02908). ValueError where every token has the logit -inf.
+    al. 2024, arXiv:2409.02908). `banned`: ids that are never drawn. ValueError: logits NaN or infinite (-inf, impossible, is
+    fine), a banned id that is none, a row where every token is banned or impossible.
     """
+    if not bool((logits < math.inf).all()) or any(not 0 <= token < logits.shape[-1] for token in banned):
+        said = f"the logits [..., {logits.shape[-1]}] are not finite, or lack one of the ids {sorted(banned)}"
+        raise ValueError(f"{said}; pass a model without NaN and infinity, mask_id and forbidden ids below vocab_size")
+    logits = logits.index_fill(-1, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -math.inf)
     best, tokens = logits.max(dim=-1)
     if bool(best.isneginf().any()):
         raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
         return tokens
-    probs = ((logits.double() - best[:, None]) / temperature).exp()  # times a constant of the row
+    probs = (_float64(logits - best[:, None]) / temperature).exp()  # times a constant of the row
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(dim=-1) - ranked >= top_p * probs.sum(dim=-1, keepdim=True)] = 0  # the first token always stays
@@ -898,11 +1034,18 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     cdf = probs.cumsum(dim=-1)
     total = cdf[:, -1:]
     point = _uniform((len(cdf), 1), cdf, generator, torch.float64) * total
-    return torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)[:, 0]
+    drawn = torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)
+    return drawn[:, 0].to(logits.device)
 
 
-# Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L]
+# Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L].
+# A strategy may bring a `schedule` of its own, see `evenly`: which masks are open at a step, and how many of them are due.
 Strategy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def evenly(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The schedule: all masks [B, L] are open; after the step from t to s floor(n (1 - s)) of a row's n masks [B] are filled."""
+    return masked, masked.sum(dim=1) - n + n * min(step + 1, steps) // steps
 
 
 def highest(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
@@ -933,40 +1076,73 @@ def random_order(generator: torch.Generator | None) -> Strategy:
     return lambda tokens, probs, masked, count: highest(_uniform(masked.shape, masked, generator, torch.float64), masked, count)
 
 
-BUILT_IN = {"low_confidence": low_confidence, "random": None, "ancestral": None, "entropy": entropy, "margin": margin}
+def ancestral(generator: torch.Generator | None) -> Strategy:
+    """The literal reverse process: from t to s each mask stays one with probability s / t, whatever the others do (Eq. 10)."""
+    def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        draws = _uniform(masked.shape, masked, generator, torch.float64)
+        return masked, (masked & (draws * max(1, steps - step) < 1)).sum(dim=1)  # (t - s) / t = 1 / (steps - step)
+    strategy = random_order(generator)
+    strategy.schedule = schedule
+    return strategy
+
+
+def blockwise(strategy: Strategy, length: int) -> Strategy:
+    """The strategy in blocks of `length` masks, from left to right (semi-autoregressive); each gets as many of the steps.
+
+    ValueError, at the first step: blocks that do not divide a row's masks, or the steps.
+    """
+    def opened(masked: Tensor) -> Tensor:  # a block is filled before the next: what is left of it is the remainder
+        return masked & (masked.cumsum(dim=1) <= (masked.sum(dim=1, keepdim=True) - 1) % length + 1)
+
+    def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        longest = int(n.max())
+        if length < 1 or (length != longest and bool((n % length).any())):
+            raise ValueError(f"block_length={length}: pass a positive divisor of the number of masks {n.tolist()}")
+        blocks = -(-longest // length)
+        if steps % blocks:
+            raise ValueError(f"steps={steps}: pass a positive multiple of the number of blocks, {blocks}")
+        block, step = divmod(step, steps // blocks)
+        ahead = (n - masked.sum(dim=1)) // length > block  # such a row waits
+        inside, due = getattr(strategy, "schedule", evenly)(opened(masked), n.clamp(max=length), step, steps // blocks)
+        return inside & ~ahead[:, None], due.masked_fill(ahead, 0)
+
+    def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
+        inside = opened(masked)
+        return strategy(tokens, probs, inside, count.minimum(inside.sum(dim=1)))
+
+    commit.schedule = schedule
+    return commit
+
+
+BUILT_IN = {"low_confidence": lambda _: low_confidence, "random": random_order, "ancestral": ancestral,
+            "entropy": lambda _: entropy, "margin": lambda _: margin}
 REMASKING = tuple(BUILT_IN)
 
 
-def _blocks(masked: Tensor, steps: int, block_length: int | None) -> tuple[Tensor, int]:
-    """The number of each masked position's block, LongTensor[B, L] (-1 where nothing is masked), and how many there are."""
-    n_masks = masked.sum(dim=1)
-    longest = int(n_masks.max())
-    block_length = longest if block_length is None else block_length
-    if not longest:
-        raise ValueError("nothing to fill: pass a template with mask_id where tokens are wanted")
-    if block_length < 1 or (block_length != longest and bool((n_masks % block_length).any())):
-        raise ValueError(f"block_length={block_length}: pass a positive divisor of the number of masks {n_masks.tolist()}")
-    n_blocks = -(-longest // block_length)
-    if steps < 1 or steps % n_blocks:
-        raise ValueError(f"steps={steps}: pass a positive multiple of the number of blocks, {n_blocks}")
-    return torch.where(masked, (masked.cumsum(dim=1) - 1) // block_length, -1), n_blocks
+def named_strategy(remasking: str | Strategy, generator: torch.Generator | None, block_length: int | None = None) -> Strategy:
+    """The strategy of that name, one of `REMASKING`, or the function itself; in blocks, if they have a length."""
+    unknown = not callable(remasking) and remasking not in REMASKING
+    _refuse(unknown, f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
+    strategy = remasking if callable(remasking) else BUILT_IN[remasking](generator)
+    return strategy if block_length is None else blockwise(strategy, block_length)
 
 
-@_inference
-def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, steps: int, temperature: float = 0.0,
-                    top_p: float = 1.0, remasking: str | Strategy = "low_confidence", block_length: int | None = None,
-                    forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:  # fmt: skip
-    """Fill every [MASK] of the template LongTensor[B, L], some positions per step, from t = 1 to t = 0; other tokens are kept.
+@_checked()
+@_placed
+def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, steps: int, temperature=0.0, top_p=1.0,
+                    remasking: str | Strategy = "low_confidence", block_length: int | None = None,
+                    forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
+    """Fill every [MASK] of the template [B, L], from t = 1 to t = 0: after a step to s, n (1 - s) of n are filled (Algs. 4, 5).
 
-    After the step from t to s, floor(n (1 - s)) of a row's n masks are filled. `remasking` says which first: "low_confidence"
-    (Alg. 5), "random" (Alg. 4 with fixed counts), "entropy" and "margin", which do not look at what was drawn, "ancestral" (each
-    mask with probability (t - s) / t, the literal reverse process, Eq. 10), or a `Strategy`, which may commit more or fewer.
+    `remasking` says which tokens stay: "low_confidence" (Alg. 5), "random" (Alg. 4 with fixed counts), "entropy" and "margin",
+    which do not look at what was drawn, "ancestral" (each mask with probability (t - s) / t, the literal reverse process,
+    Eq. 10), or a `Strategy`, which may commit more or fewer. Given tokens are kept.
 
     steps: forward passes, shared out evenly over the blocks; a step in which the schedule wants nothing costs none, a strategy
     that falls behind gets further ones. temperature: 0 is argmax, otherwise exact categorical sampling from the nucleus of mass
-    `top_p`. block_length: fill the masks in consecutive groups of this many, left to right (semi-autoregressive). forbidden: ids
-    never to produce; [MASK] never is. ValueError: an argument out of range, blocks that do not divide masks or
-    steps, nothing to fill, a template longer than the model's `seq_len`, an unknown strategy, or one that commits nothing.
+    `top_p`. block_length: short for `blockwise`, groups of this many masks from left to right. forbidden: ids never to produce;
+    [MASK] never is. ValueError: an argument out of range, blocks that do not divide masks or steps, nothing to fill, a template
+    longer than the model's `seq_len`, an unknown strategy, one that commits nothing, logits that are not finite.
 
     >>> def predict(ids):  # sure of 4, 5, 6, 7, and the surer the further right
     ...     return (torch.eye(8)[4:] * torch.arange(1, 5)[:, None]).expand(len(ids), -1, -1)
@@ -974,43 +1150,19 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
     >>> made.ids.tolist(), made.order.tolist(), made.nfe
     ([[4, 5, 6, 7]], [[2, -1, 1, 0]], 3)
     """
-    if template.ndim != 2:
-        raise ValueError(f"template has shape {tuple(template.shape)}; pass ids of shape [B, L]")
-    _check_sampling(model, template.shape[1], temperature, top_p)
-    if not callable(remasking) and remasking not in REMASKING:
-        raise ValueError(f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
-    strategy = remasking if callable(remasking) else BUILT_IN[remasking] or random_order(generator)
-    block_of, n_blocks = _blocks(template == mask_id, steps, block_length)
-    banned = torch.tensor(sorted({mask_id, *forbidden}), device=template.device)
-    per_block = steps // n_blocks
-    ids, order, nfe = template.clone(), torch.full_like(template, -1), 0
-    confidence = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
-    for block in range(n_blocks):
-        size, first = (block_of == block).sum(dim=1), max(block * per_block, int(order.max()) + 1)
-        for step in itertools.count():
-            masked = (block_of == block) & (ids == mask_id)  # [B, L]
-            left = masked.sum(dim=1)
-            if not bool(left.any()):
-                break
-            count = left - size + size * min(step + 1, per_block) // per_block  # so that size * (1 - s) are filled
-            if remasking == "ancestral":  # each mask with probability (t - s) / t
-                draws = _uniform(ids.shape, ids, generator, torch.float64)
-                count = (masked & (draws * max(1, per_block - step) < 1)).sum(dim=1)
-            if not bool((count > 0).any()):
-                continue
-            logits = model(ids)[masked]  # [M, V]
-            drawn = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)
-            tokens = ids.masked_scatter(masked, drawn)
-            probs = torch.zeros((*ids.shape, logits.shape[-1]), dtype=torch.float64, device=ids.device)
+    made, n, schedule = Generation.of(template), (template == mask_id).sum(dim=1), getattr(remasking, "schedule", evenly)
+    for step in itertools.count():
+        masked, due = schedule(made.ids == mask_id, n, step, steps)  # x_t, and how many are filled on the way to s
+        if bool((due > 0).any()):
+            logits = model(made.ids)[masked]  # predict
+            drawn = sample_tokens(logits, temperature, top_p, generator, {mask_id, *forbidden})  # draw
+            tokens = template.masked_scatter(masked, drawn)
+            probs = logits.new_zeros(*masked.shape, logits.shape[-1], dtype=torch.float64)
             probs[masked] = logits.double().softmax(dim=-1)
-            commit = strategy(tokens, probs, masked, count.clamp(min=0)) & masked
-            if not bool(commit.any()):
-                raise ValueError("the strategy commits nothing where the schedule wants something; return a masked position")
-            ids = torch.where(commit, tokens, ids)
-            confidence = torch.where(commit, probs.gather(-1, tokens[..., None])[..., 0], confidence)
-            order[commit] = first + step
-            nfe += 1
-    return Generation(ids, order, nfe, confidence.float())
+            stay = remasking(tokens, probs, masked, due.clamp(min=0)) & masked  # decide which stay
+            made.commit(step, stay, tokens, probs)  # the rest is masked again
+        if not bool((made.ids == mask_id).any()):
+            return made
 
 
 def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **options) -> list[str]:
@@ -1024,32 +1176,30 @@ def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **o
         if len(pieces) < 3:
             raise ValueError(f"{text!r} has no blank: mark one with [___], an underscore for each character")
         rows.append(torch.cat([torch.full((len(p),), MASK_ID) if i % 2 else tokenizer.encode(p) for i, p in enumerate(pieces)]))
-    (template,) = _on_device(model, nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID))
+    template = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
     made = reverse_process(model, template, mask_id=MASK_ID, forbidden=(PAD_ID, START_ID, END_ID), **options)
     return [tokenizer.decode(row) for row in made.ids]
 
 
+@_checked()
 @_inference
-def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: int, temperature: float = 1.0, top_p: float = 1.0,
-                forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:  # fmt: skip
-    """Continue prompt LongTensor[B, P] by `length` tokens, left to right (Eq. 2); ids are [B, P + length].
+def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: int, temperature=1.0, top_p=1.0,
+                forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
+    """Continue prompt [B, P] by `length` tokens, left to right, each drawn from p(x_i | x_1 ... x_{i-1}) (Eq. 2).
 
-    Our Transformer decodes with cached keys and values, any other causal callable is asked for the whole prefix each time.
+    Our Transformer decodes with cached keys and values, any other causal callable is asked for the whole prefix each time. The
+    ids are LongTensor[B, P + length]. ValueError: an argument out of range, a padded prompt, more tokens than `seq_len`.
 
     >>> successor = lambda ids: 9 * torch.eye(8)[(ids + 1).clamp(max=7)]  # after 4 comes 5, after 5 comes 6, ...
     >>> generate_ar(successor, torch.tensor([[4, 5]]), 2, start_id=START_ID).ids.tolist()
     [[4, 5, 6, 7]]
     """
-    if prompt.ndim != 2 or length < 1:
-        raise ValueError(f"prompt {tuple(prompt.shape)}, length={length}: pass ids of shape [B, P] and length >= 1")
-    _check_sampling(model, prompt.shape[1] + length, temperature, top_p)
-    banned = torch.tensor(sorted(set(forbidden)), dtype=torch.long, device=prompt.device)
     cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
     ids, confidence = F.pad(prompt, (1, 0), value=start_id), [torch.ones(prompt.shape, device=prompt.device)]
     for _ in range(length):
         new = {"cache": cache, "start": cache.length} if cache else {}  # with a cache only what it has not seen: first the prompt
         logits = model(ids[:, new.get("start", 0) :], **new)[:, -1]
-        tokens = sample_tokens(logits.index_fill(-1, banned, -math.inf), temperature, top_p, generator)[:, None]
+        tokens = sample_tokens(logits, temperature, top_p, generator, forbidden)[:, None]
         confidence.append(logits.softmax(dim=-1).gather(-1, tokens))
         ids = torch.cat((ids, tokens), dim=1)
     order = torch.arange(-prompt.shape[1], length, device=ids.device).clamp(min=-1).expand(len(ids), -1)
@@ -1057,37 +1207,31 @@ def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: 
 
 
 # 7. Likelihood -------------------------------------------------------------------------------------------------------
-def _nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """FloatTensor[R, L], -log p(target) at counted positions, 0 elsewhere; at most 2^14 tokens per forward pass."""
-    result = torch.zeros(inputs.shape, device=inputs.device)
-    size = max(1, 2**14 // inputs.shape[1])
-    for part, ids, truth, wanted in zip(*(x.split(size) for x in (result, inputs, targets, counted))):
+def token_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """FloatTensor[..., L], -log p(target | inputs) at counted positions, 0 elsewhere; at most 2^14 tokens per forward pass."""
+    result, L = torch.zeros(inputs.shape, device=inputs.device), inputs.shape[-1]
+    rows = (x.reshape(-1, L).split(max(1, 2**14 // L)) for x in (result, inputs, targets, counted))
+    for part, ids, truth, wanted in zip(*rows):
         part[wanted] = F.cross_entropy(model(ids)[wanted].float(), truth[wanted], reduction="none")
     return result
 
 
-def _on_device(model, *tensors: Tensor):
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return tensors if parameter is None else [t.to(parameter.device) for t in tensors]
-
-
-@_inference
+@_checked()
+@_placed
 def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None) -> Tensor:
-    """Exact -log p of each sequence under the AR model, FloatTensor[B], nats (Eq. 2).
+    """Exact -log p of each sequence [B, L] under the AR model, sum_i -log p(x_i | x_1 ... x_{i-1}), FloatTensor[B], nats (Eq. 2).
 
     `counted` BoolTensor[B, L], default all but padding: the tokens whose conditional probabilities enter, given all before them.
     """
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
-    counted = sequences != pad_id if counted is None else _check_maskable(sequences, counted)
-    sequences, inputs, counted = _on_device(model, sequences, inputs, counted)
-    return _nll(model, inputs, sequences, counted).sum(dim=1)
+    return token_nll(model, inputs, sequences, counted).sum(dim=1)
 
 
-@_inference
+@_checked()
+@_placed
 def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
     """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
-    sequences, mask = _on_device(model, sequences, _check_maskable(sequences, mask))
-    return _nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
+    return token_nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
 
 
 def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -1096,102 +1240,94 @@ def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | No
     return noise.argsort(dim=-1).argsort(dim=-1) < count[..., None]
 
 
-@_inference
-def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
-          generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """Unbiased estimate of an upper bound on -log p of each sequence, FloatTensor[B], nats (Eqs. 4 and 6).
+def stratified_shares(n_samples: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """DoubleTensor[K, B]: row k uniform in [k / K, (k + 1) / K); the B rows of `like` share each stratum in a random order."""
+    rank = _uniform((n_samples, len(like)), like, generator).argsort(dim=1)
+    shift = (_uniform((n_samples, 1), like, generator, torch.float64) + rank / len(like)) % 1
+    return (torch.arange(n_samples, device=like.device)[:, None] + shift) / n_samples
 
-    Each of a row's K = `n_samples` masks hides exactly l of its n `maskable` tokens (BoolTensor[B, L], default all) and weighs
-    their cross-entropies by n / l. l is stratified: mask k draws l / n uniformly from [k / K, (k + 1) / K), and the rows share
-    each such stratum in a random order. ValueError: n_samples < 1, or shapes that do not fit.
+
+@_checked()
+@_placed
+def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
+          generator: torch.Generator | None = None) -> Tensor:
+    """Bound on -log p of sequences [B, L], [B] nats: for each stratum l, mask exactly l of n, n/l times their cost (Eqs. 4, 6).
+
+    An unbiased estimate of an upper bound. Each of a row's K = `n_samples` masks hides exactly l of its n `maskable` tokens
+    (BoolTensor[B, L], default all); mask k draws l / n uniformly from [k / K, (k + 1) / K), and the rows share each such stratum
+    in a random order. ValueError: n_samples < 1, or shapes that do not fit.
 
     >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
     >>> (nelbo(blank, torch.tensor([[4, 5, 6, 7]]), MASK_ID, n_samples=4) / math.log(8)).round(decimals=3).tolist()
     [4.0]
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}: pass at least 1")
-    sequences, maskable = _on_device(model, sequences, _check_maskable(sequences, maskable))
-    (B, L), n = sequences.shape, maskable.sum(dim=1)
-    rank = _uniform((n_samples, B), sequences, generator).argsort(dim=1)
-    shift = (_uniform((n_samples, 1), sequences, generator, torch.float64) + rank / B) % 1
-    s = (torch.arange(n_samples, device=n.device)[:, None] + shift) / n_samples  # [K, B], stratified in [0, 1)
-    count = torch.minimum((n * s).long() + 1, n)  # l
+    n = maskable.sum(dim=1)  # [B]
+    count = torch.minimum((n * stratified_shares(n_samples, sequences, generator)).long() + 1, n)  # l, [K, B]
     mask = exact_masks(count, maskable, generator)  # [K, B, L]
-    rows, hidden = sequences.expand_as(mask).reshape(-1, L), mask.reshape(-1, L)
-    nll = _nll(model, rows.masked_fill(hidden, mask_id), rows, hidden).view_as(mask).double()
-    return (n / count.clamp(min=1) * nll.sum(dim=-1)).mean(dim=0).float()
+    x_0 = sequences.expand_as(mask)
+    nll = token_nll(model, x_0.masked_fill(mask, mask_id), x_0, mask).sum(dim=-1, dtype=torch.float64)
+    return (n / count.clamp(min=1) * nll).mean(dim=0).float()
 
 
 # 8. Evaluation -------------------------------------------------------------------------------------------------------
+def half_width(values) -> float | np.ndarray:
+    """Half-width of the 95% interval of the mean of independent values [n] or [n, ...] (Student's t); NaN for a single one."""
+    n = len(values)
+    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5 if n > 1 else math.nan
+
+
+STRETCHES = 30
+
+
 def per_character(nats: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Mean nats per character and the half-width of its 95% interval (ratio estimator); nats and characters [N] of windows."""
-    nats, counts = nats.double(), counts.double()
-    mean = nats.sum() / counts.sum()
-    residual = nats - mean * counts
-    return float(mean), float(1.96 * residual.std() / (len(nats) ** 0.5 * counts.mean()))
+    """Mean nats per character and the half-width of its 95% interval, from nats and characters [N] of a text's windows, in order.
+
+    Neighbouring windows tell of one scene and are not independent. So not windows are drawn again but STRETCHES long runs of them
+    (block bootstrap of the linearised ratio, Student's t for as many runs). Paired: pass differences as nats. NaN for one window.
+    """
+    nats, counts = (torch.as_tensor(x).double().cpu().numpy() for x in (nats, counts))
+    mean, starts = nats.sum() / counts.sum(), np.unique(np.linspace(0, len(nats), STRETCHES, endpoint=False).astype(int))
+    apart, n = np.add.reduceat(nats - mean * counts, starts) / counts.sum(), len(starts)
+    if n < 2:
+        return float(mean), math.nan
+    drawn = stats.bootstrap((apart,), np.sum, method="percentile", n_resamples=2000, rng=0)
+    return float(mean), float(stats.t.ppf(0.975, n - 1) * drawn.standard_error * (n / (n - 1)) ** 0.5)
 
 
 def share(hits) -> tuple[float, float]:
-    """A rate and the half-width of its 95% interval, from a sequence of n zeros and ones. The last term keeps 0 of n honest."""
-    rate, n = float(np.asarray(hits, dtype=float).mean()), len(hits)
-    return rate, 1.96 * math.sqrt((rate * (1 - rate) + 1.92 / n) / n)
+    """The rate of hits, a sequence of zeros and ones, and the longer side of its 95% interval (Wilson's)."""
+    rate = float(np.asarray(hits, dtype=float).mean())
+    low, high = stats.binomtest(round(rate * len(hits)), len(hits)).proportion_ci(method="wilson")
+    return rate, float(max(rate - low, high - rate))
 
 
 WORD = re.compile(r"[A-Za-z']+")
 GROUPS = 8  # samples are scored in this many groups, whose spread gives the intervals
-COPY_LIMIT = 64
+COPY = 16  # characters that make a copy
 
 
-def copy_index(corpus: str) -> list[str]:
-    """The sorted beginnings, COPY_LIMIT characters each, of everything in `corpus`: what `longest_copy` looks up."""
-    return sorted(corpus[i : i + COPY_LIMIT] for i in range(len(corpus)))
+def runs_of(text: str, length: int = COPY) -> list[str]:
+    """Every run of `length` characters of `text`."""
+    return [text[i : i + length] for i in range(len(text) - length + 1)]
 
 
-def longest_copy(text: str, index: list[str]) -> int:
-    """Length of the longest run of `text` that stands verbatim in the corpus of `index`, at most COPY_LIMIT."""
-    best = 0
-    for piece in (text[i : i + COPY_LIMIT] for i in range(len(text))):
-        place = bisect.bisect_left(index, piece)
-        neighbours = index[max(0, place - 1) : place + 1]  # in sorted order the longest match is one of them
-        best = max([best, *(len(os.path.commonprefix([piece, near])) for near in neighbours)])  # noqa: RUF071
-    return best
+def text_metrics(texts: list[str], copies: set[str], words: set[str]) -> dict[str, float]:
+    """Coherence and diversity of one group of texts; of the training text come `copies`, its runs, and lower-case `words`.
 
-
-def text_metrics(texts: list[str], index: list[str], words: set[str]) -> dict[str, float]:
-    """Coherence and diversity of one group of texts; the training text gives `index` (`copy_index`) and lower-case `words`."""
-    inner = [w.lower() for text in texts for w in WORD.findall(text)[1:-1]]  # the outer words may be cut by the window
-    trigrams = [text[i : i + 3] for text in texts for i in range(len(text) - 2)]
-    counts = np.array(list(Counter("".join(texts)).values()))
-    shares = counts / counts.sum()
-    known, distinct = sum(w in words for w in inner) / max(1, len(inner)), len(set(trigrams)) / max(1, len(trigrams))
-    scores = {"known words": known, "distinct-3": distinct, "char entropy": float(-(shares * np.log(shares)).sum())}
-    return scores | {"longest copy": float(np.mean([longest_copy(text, index) for text in texts]))}
+    "known words" of the inner ones (the outer may be cut), "distinct-3" of all triples of characters, "char entropy" in nats, and
+    "copied", the share of all runs of COPY characters that stand verbatim in the training text.
+    """
+    inner = [word.lower() in words for text in texts for word in WORD.findall(text)[1:-1]]
+    triples, runs = ([run for text in texts for run in runs_of(text, length)] for length in (3, COPY))
+    scores = {"known words": sum(inner) / max(1, len(inner)), "distinct-3": len(set(triples)) / max(1, len(triples))}
+    scores["char entropy"] = float(stats.entropy(list(Counter("".join(texts)).values()) or [1]))
+    return scores | {"copied": sum(run in copies for run in runs) / max(1, len(runs))}
 
 
 def grouped(values: list[dict[str, float]]) -> dict[str, float]:
     """Mean over groups and, in columns named "... ±", the half-width of its 95% interval (Student's t)."""
     table = pd.DataFrame(values)
-    half = 2.365 * table.std() / len(table) ** 0.5  # Student's t, 97.5%, GROUPS - 1 degrees of freedom
-    return {key: number for name in table for key, number in ((name, table[name].mean()), (f"{name} ±", half[name]))}
-
-
-def ngram_judge(text: str, order: int = 6) -> Callable[[str, int], float]:
-    """judge(written, start): nats per character of written[start:] under an n-gram model of `text` (Witten-Bell smoothing)."""
-    grams = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, order + 1)]
-    contexts = [Counter(text[i : i + n] for i in range(len(text) - n)) for n in range(order)]  # how often something follows
-    followers = [Counter(gram[:-1] for gram in level) for level in grams]  # how many characters do
-    def judge(written: str, start: int) -> float:
-        nats = 0.0
-        for i in range(start, len(written)):
-            p = 1 / len(grams[0])
-            for n in range(1, min(order, i + 1) + 1):
-                gram = written[i - n + 1 : i + 1]
-                kinds, seen = followers[n - 1][gram[:-1]], contexts[n - 1][gram[:-1]]
-                p = (grams[n - 1][gram] + kinds * p) / (seen + kinds) if seen else p
-            nats -= math.log(p)
-        return nats / (len(written) - start)
-    return judge
+    return {key: number for name, x in table.items() for key, number in ((name, x.mean()), (f"{name} ±", half_width(x)))}
 
 
 # 9. Tables, figures, widgets -----------------------------------------------------------------------------------------
@@ -1202,7 +1338,7 @@ MASK_FACE, NEW_FACE = "#D2D2D2", "#F0E442"  # behind a masked and behind a just 
 class Results:
     """Where tables and figures go: `figures/`, or, in `smoke` or on any text but TinyShakespeare, `build/PRESET/figures/`."""
     def __init__(self, preset: "Preset", text: str):
-        named = preset.name != "smoke" and corpus_name(text) == "TinyShakespeare"
+        named = preset.name != "smoke" and is_corpus(text.encode())
         self.folder = Path("figures") if named else Path("build", preset.name, "figures")
         self.tables = self.folder / "tables"
 
@@ -1218,6 +1354,55 @@ class Results:
         figure.savefig(self.folder / f"{name}.png", dpi=130, bbox_inches="tight")
 
 
+def number(value: float, half: float = math.nan) -> str:
+    """A measured number as text: three significant digits, two below a tenth; whole numbers stay whole.
+
+    With the half-width of its interval it is "value ± half", to the place where the half-width has its second digit (its first,
+    if that is three or more), but not beyond the value's third, unless the half-width would be off by more than a half.
+
+    >>> number(0.98451), number(421.41), number(-0.0924), number(1000704.0)
+    ('0.985', '421', '−0.092', '1,000,704')
+    >>> number(1.9388, 0.0088), number(0.0016, 0.0104), number(0.0, 0.0302), number(1.9388, 0.0011)
+    ('1.94 ± 0.01', '0.002 ± 0.010', '0.00 ± 0.03', '1.939 ± 0.001')
+    """
+    def places(x: float, digits: int) -> int:  # decimal ones, for so many significant digits
+        return digits - 1 - int(f"{x:.{digits - 1}e}".partition("e")[2])
+
+    if half > 0:
+        place = min(places(value, 3), places(half, 2) - (f"{half:.1e}" >= "3"))
+        place = next(p for p in itertools.count(place) if abs(round(half, p) - half) <= half / 2)
+    else:
+        place = 0 if value == int(value) else places(value, 3 if abs(value) >= 0.1 else 2)
+    shown = [f"{round(x, place) + 0.0:,.{max(0, place)}f}".replace("-", "−") for x in (value, half)]  # no minus before a zero
+    return " ± ".join(shown if half > 0 else shown[:1])
+
+
+def pretty(table: pd.DataFrame, rows: int | None = 8) -> pd.DataFrame:
+    """A table as a page shows it: the first `rows`, numbers rounded by `number`, a value and the "... ±" column after it in one.
+
+    Speeds ("tokens/s") have three digits, words and columns of mixed kind stay as they are, what is missing is "".
+
+    >>> pretty(pd.DataFrame({"row": ["a"], "x": [1.5012], "95% ±": [0.0131], "n": [1200]})).to_dict("records")
+    [{'row': 'a', 'x': '1.50 ± 0.01', 'n': '1,200'}]
+    """
+    names, table, shown = list(table), table[:rows], {}
+    while names:
+        values = table[name := names.pop(0)]
+        if pd.api.types.is_numeric_dtype(values) and values.dtype != bool:
+            bounded = names and str(names[0]).endswith("±") and not str(name).endswith("±")
+            halves = table[names.pop(0)] if bounded else itertools.repeat(math.nan)
+            values = [float(f"{x:.2e}") if name == "tokens/s" else x for x in values.astype(float)]
+            values = [number(x, half) if math.isfinite(x) else x for x, half in zip(values, halves)]
+        shown[name] = ["" if pd.isna(x) else x for x in values]
+    return pd.DataFrame(shown, table.index)
+
+
+def as_html(table: pd.DataFrame) -> str:
+    """`pretty` for a notebook, with a line that says how many rows are left out; the first cells make all tables be shown so."""
+    left = f"<p>and {len(table) - 8} more rows, which its CSV has</p>" if len(table) > 8 else ""
+    return pretty(table).to_html(index=not isinstance(table.index, pd.RangeIndex), na_rep="") + left
+
+
 def errorbars(ax, table: pd.DataFrame, x: str, y: str, **style) -> None:
     """Column `y` against column `x`, with the intervals of column "y ±"."""
     ax.errorbar(table[x], table[y], table[f"{y} ±"], **{"marker": "o", "ms": 4, "capsize": 3, **style})
@@ -1231,22 +1416,20 @@ def log_ticks(ax, ticks) -> None:
 
 
 def show(*things: Callable) -> None:
-    """Display the source of functions, methods or classes as highlighted Markdown; docstrings and checks of arguments aside."""
+    """Display the source of functions, methods or classes as highlighted Markdown; of docstrings the first paragraph."""
     page = "<div style='font-family: monospace'>\n\n```python\n{}\n```\n\n</div>"  # without it nbconvert's page sets prose
     display(Markdown(page.format("\n\n\n".join(map(shown_source, things)))))
 
 
 def shown_source(thing: Callable) -> str:
-    """What `show` displays: the source without docstrings, `if ...: raise ...` and calls of the `_check` functions."""
-    source = textwrap.dedent(inspect.getsource(thing))
-    lines, hidden = source.rstrip().split("\n"), set()
+    """What `show` displays: the source without private decorators, and of each docstring the first paragraph."""
+    source = textwrap.dedent(inspect.getsource(thing)).rstrip()
+    shown = re.sub(r"^ *@_.*\n", "", source, flags=re.M)
     for node in ast.walk(ast.parse(source)):
-        value = node.value if isinstance(node, ast.Expr) else None
-        check = isinstance(value, ast.Call) and getattr(value.func, "id", "").startswith("_check")
-        refusal = isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise) and not node.orelse
-        if isinstance(value, ast.Constant) or check or refusal:
-            hidden |= set(range(node.lineno, node.end_lineno + 1))
-    return "\n".join(line for i, line in enumerate(lines, start=1) if i not in hidden)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            whole = ast.get_source_segment(source, node)
+            shown = shown.replace(whole, whole.split("\n\n")[0].removesuffix('"""').rstrip() + '"""')
+    return shown
 
 
 def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[list[list[tuple[str, int]]]]:
@@ -1261,30 +1444,11 @@ def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> 
     for step in (-1, *generation.steps()):
         now, before = (generation.state_after(s)[0] for s in (step, max(step - 1, -1)))
         states = torch.where(now == MASK_ID, 0, torch.where(now != before, 1, settled)).tolist()
-        cells = [(tokenizer.decode([token]) or "·", state) for token, state in zip(now.tolist(), states)]
-        for i, (glyph, state) in enumerate(cells):
-            if glyph == "\n":  # visible when new, or where the finished text has no line break
-                cells[i] = ("" if state > 1 and finished[i] == "\n" else "↵", state)
+        glyphs = (tokenizer.decode([token]) or "·" for token in now.tolist())
+        # A line break is visible when new, or where the finished text has none.
+        cells = [("" if g == f == "\n" and s > 1 else g.replace("\n", "↵"), s) for g, f, s in zip(glyphs, finished, states)]
         made.append([cells[slice(*match.span())] for match in re.finditer(line, finished)])
     return made
-
-
-def filmstrip(generation: Generation, tokenizer: CharTokenizer, frames: int = 8, width: int = 64) -> Figure:
-    """A figure of one generation: a strip for each of some passes, newly committed characters marked, masks as grey blocks."""
-    shown = pages(generation, tokenizer, width)
-    picked, strip = sorted({round(k) for k in np.linspace(0, len(shown) - 1, frames)}), len(shown[0]) + 0.7
-    figure = Figure(figsize=(10, 0.24 * strip * len(picked)), facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(-7, width), ylim=(len(picked) * strip, -0.3))
-    axes.axis("off")
-    style = {"family": "monospace", "fontsize": 9, "ha": "center", "va": "center"}
-    for top, k in zip(itertools.count(0, strip), picked):
-        axes.text(-7, top + 0.5, f"pass {k}", fontsize=9, va="center", color="#555555")
-        for x, y, glyph, state in ((x, top + y, *cell) for y, line in enumerate(shown[k]) for x, cell in enumerate(line)):
-            if state < 2:
-                axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=(MASK_FACE, NEW_FACE)[state]))
-            weight = "bold" if state == 1 else "normal"
-            axes.text(x + 0.5, y + 0.5, glyph.replace("$", r"\$").strip(MASK_GLYPH), weight=weight, **style)
-    return figure
 
 
 def frames(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[str]:
@@ -1311,6 +1475,12 @@ FRAME_STYLE = f"""<style>
 .llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
 .llada-pages > .p-TabPanel-tabBar {{ display: none !important; }} .llada-pages > .widget-tab-contents {{ border: 0; padding: 0; }}
 </style>"""
+
+
+def filmstrip(film: list[str], count: int = 8) -> HTML:
+    """Some of a film's `frames`, the first and the last among them, below each other: for where no script runs."""
+    picked = sorted({round(k) for k in np.linspace(0, len(film) - 1, count)})
+    return HTML(FRAME_STYLE + "\n".join(film[k] for k in picked))
 
 
 class DenoisingViewer(widgets.VBox):

@@ -2,24 +2,20 @@
 
 How to generate, how to score:
 
-    decoding      guidance and a block cache (predictors around predictors), adaptive and late commits (strategies), revision
-    spacing       strategies that spread what one pass commits
+    decoding      guidance, a block cache (predictors around predictors); adaptive, late, spaced commits (strategies); revision
     likelihood    the bound with less noise, any-order chains, log-likelihoods of answers, choosing among them
     estimators    four other ways to draw the masks of the bound, to compare their noise
     quality       one measure for all decoders: how good and how varied their texts are, and what they cost
-    sweep         decoders over temperatures, compared at equal diversity
     film          a generation as an animated picture
     page          the two models in one HTML file, to play with in a browser: python -m beyond.page
 
 How to train, by suites of experiments:
 
     experiments   many trainings, one table: python -m beyond.experiments --help
-    seeds         intervals over trainings that differ in their seed alone
     ablations     one thing changed at a time
     losses        forms of Eq. 3 to compare with ours, and two that are no bound
     variants      a Transformer that is told the time, and one with learned positions
     schedule      where to draw t, and the noise of the gradient that explains it
-    recipe        the MDLM tutorial's recipe beside ours
     crossover     little text, many epochs
     vocabulary    characters against byte pairs
     tuning        the recipe with one of its choices changed

@@ -84,19 +84,19 @@ def table_by_rate(counts: list[int], costs: np.ndarray) -> pd.DataFrame:
     >>> table_by_rate([1, 4], np.array([[1.0, 1.0], [3.0, 3.0]])).to_dict("list")
     {'t': [0.25, 1.0], 'nats/char': [1.0, 3.0], 'nats/char ±': [0.0, 0.0]}
     """
-    half = 1.96 * costs.std(axis=1, ddof=1) / costs.shape[1] ** 0.5
-    return pd.DataFrame({"t": np.array(counts) / counts[-1], "nats/char": costs.mean(axis=1), "nats/char ±": half})
+    ones = np.ones(costs.shape[1])
+    mean, half = zip(*(H.per_character(cost, ones) for cost in costs))
+    return pd.DataFrame({"t": np.array(counts) / counts[-1], "nats/char": mean, "nats/char ±": half})
 
 
 def average(row: str, values: Tensor) -> dict[str, str | float]:
-    """A line of a table: the mean of values [N] and its 95% interval.
+    """A line of a table: the mean of values [N] of a text's windows, in their order, and its 95% interval.
 
-    >>> average("two", torch.tensor([1.0, 3.0]))
-    {'row': 'two', 'nats/char': 2.0, '95% ±': 1.96}
+    >>> average("two", torch.tensor([2.0, 2.0]))
+    {'row': 'two', 'nats/char': 2.0, '95% ±': 0.0}
     """
-    values = values.double().cpu()
-    half = 1.96 * float(values.std()) / len(values) ** 0.5
-    return {"row": row, "nats/char": float(values.mean()), "95% ±": round(half, 6)}
+    mean, half = H.per_character(values, torch.ones_like(values))
+    return {"row": row, "nats/char": mean, "95% ±": half}
 
 
 def noise_table(draws: dict[tuple[str, int], Tensor], reference: str) -> pd.DataFrame:
@@ -115,7 +115,7 @@ def noise_table(draws: dict[tuple[str, int], Tensor], reference: str) -> pd.Data
         variance = drawn.var(dim=0).mean().item()
         row = {"row": f"{scheme}, K = {passes}", "scheme": scheme, "passes": passes, "standard error": variance**0.5}
         mean = drawn.mean(dim=1)
-        row |= {"mean": mean.mean().item(), "mean ±": 1.96 * mean.std().item() / repeats**0.5, "variance": variance}
+        row |= {"mean": mean.mean().item(), "mean ±": H.half_width(mean.numpy()), "variance": variance}
         picks = torch.randint(repeats, (2, 300, repeats), generator=generator)
         ours, theirs = (x[pick].var(dim=1).mean(dim=1) for x, pick in zip((drawn, other), picks))
         row[f"variance / {reference.partition(',')[0]}"] = (drawn.var(dim=0).mean() / other.var(dim=0).mean()).item()
@@ -172,8 +172,8 @@ def table_by_place(costs: dict[str, Tensor]) -> pd.DataFrame:
         for start, end in places(cost.shape[1]):
             chunk = cost[:, start:end].double().mean(dim=1)
             place = f"{end}" if end == start + 1 else f"{start + 1}-{end}"
-            half = 1.96 * float(chunk.std()) / len(chunk) ** 0.5
-            rows.append({"model": name, "characters": place, "nats/char": float(chunk.mean()), "nats/char ±": half})
+            mean, half = H.per_character(chunk, torch.ones_like(chunk))
+            rows.append({"model": name, "characters": place, "nats/char": mean, "nats/char ±": half})
     return pd.DataFrame(rows)
 
 
@@ -212,7 +212,7 @@ def gradient_noise(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> d
     signal = max(0.0, mean_square - scatter / count)
     return {
         "expected loss": float(np.mean(values)),
-        "95% ±": float(1.96 * np.std(values, ddof=1) / count**0.5),
+        "95% ±": float(H.half_width(values)),
         "gradient norm": float(norms.mean()),
         "variance of the norm": float(norms.var(ddof=1)),
         "noise / signal": scatter / signal if signal else float("inf"),

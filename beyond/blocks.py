@@ -91,10 +91,10 @@ class BlockDiffusion(H.Transformer):
         visible, padded = block_mask(length, self.block_length).to(ids.device), both == H.PAD_ID
         if bool(padded.any()):
             visible = (visible & ~padded[:, None, None]) | torch.eye(2 * length, dtype=torch.bool, device=ids.device)
-        x, cos, sin = H._rms_norm(self.embed(both)), self.cos[:length].repeat(2, 1), self.sin[:length].repeat(2, 1)
+        x, cos, sin = H.RMSNorm.apply(self.embed(both)), self.cos[:length].repeat(2, 1), self.sin[:length].repeat(2, 1)
         for block in self.blocks:
             x = block(x, cos, sin, visible)
-        return self.head(H._rms_norm(x[:, :length])).float()
+        return self.head(H.RMSNorm.apply(x[:, :length])).float()
 
     def _visible(self, padded: Tensor, cache: H.KVCache | None, start: int) -> Tensor | None:
         hidden, stop = padded if cache is None else cache.mark(start, padded), start + padded.shape[1]
@@ -208,7 +208,8 @@ def block_batch(block_length: int) -> Callable[[Tensor, torch.Generator | None, 
     return batch
 
 
-@H._inference
+@H._checked()
+@H._placed
 def block_nelbo(
     model: BlockPredictor,
     sequences: Tensor,
@@ -236,9 +237,6 @@ def block_nelbo(
     [4.0]
     """
     _check_length(block_length)
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}: pass at least 1")
-    sequences, maskable = H._on_device(model, sequences, H._check_maskable(sequences, maskable))
     L, blocks = sequences.shape[1], len(sequences) * -(-sequences.shape[1] // block_length)
     rank = H._uniform((n_samples, blocks), sequences, generator).argsort(dim=1)
     shift = (H._uniform((n_samples, 1), sequences, generator, torch.float64) + rank / blocks) % 1
@@ -315,7 +313,9 @@ def generate_blocks(
     _check_length(block_length)
     if template.ndim != 2 or not bool((template == mask_id).any()):
         raise ValueError(f"template {tuple(template.shape)}: pass ids [B, L] with mask_id={mask_id} where tokens are wanted")
-    H._check_sampling(model, template.shape[1], 0.0, 1.0)
+    longest = getattr(getattr(model, "config", None), "seq_len", template.shape[1])
+    if template.shape[1] > longest:
+        raise ValueError(f"the template has {template.shape[1]} tokens, the model's seq_len is {longest}; pass a shorter one")
     ids, order, nfe = template.clone(), torch.full_like(template, -1), 0
     confidence = torch.ones(ids.shape, device=ids.device)
     for block in range(0, ids.shape[1], block_length):

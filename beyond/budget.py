@@ -84,14 +84,14 @@ def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Te
     return jobs
 
 
-def validation_nats(model: H.Transformer, val_ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Nats and characters of each validation window of the model's length, [N] each: as Part 8 measures them.
+def window_nats(model: H.Transformer, ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Nats and characters of each window of the model's length in a text ids [n], [N] each: as Part 8 measures them.
 
     >>> model = H.Transformer(H.ModelConfig(vocab_size=9, seq_len=4, n_layer=1, n_head=1, n_embd=8, causal=True))
-    >>> [[round(n, 2) for n in x.tolist()] for x in validation_nats(model, torch.arange(4, 9), 1)]  # blank: ln 9 a character
+    >>> [[round(n, 2) for n in x.tolist()] for x in window_nats(model, torch.arange(4, 9), 1)]  # blank: ln 9 a character
     [[8.79, 2.2], [4, 1]]
     """
-    windows = H.windows(val_ids, model.config.seq_len)
+    windows = H.windows(ids, model.config.seq_len)
     real = windows != H.PAD_ID
     if model.config.causal:
         return H.ar_nll(model, windows, H.START_ID).cpu(), real.sum(dim=1)
@@ -100,37 +100,37 @@ def validation_nats(model: H.Transformer, val_ids: Tensor, samples: int) -> tupl
 
 
 def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Callable[[H.Job, H.Run], dict]:
-    """What `run_jobs` adds to a row: compute, nats per character of the whole validation text, judge, known words, a sample.
+    """What `run_jobs` adds to a row: compute, nats per character of the whole test text, judge, known words, a sample.
 
-    Texts are continued from equal prompts to one window of the preset, a shorter one if that is the model's; judge and words are
-    those of Part 8. The sample begins with `prompt`, or with the validation text if the text lacks its characters.
+    Texts are continued from prompts of the test text to one window of the preset, a shorter one if that is the model's; judge and
+    words are those of Part 8. The sample begins with `prompt`, or as the test text does if the text lacks its characters.
 
     >>> text = "to be, or not to be " * 40
     >>> tokenizer = H.CharTokenizer.from_text(text)
     >>> shape = H.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8)
-    >>> job = H.Job(shape, H.TrainConfig(1, 2), *H.split(tokenizer.encode(text)))
+    >>> job = H.Job(shape, H.TrainConfig(1, 2), *quality.parts(tokenizer.encode(text))[:2])
     >>> run = H.Run(H.Transformer(shape), pd.DataFrame(), {}, None)
     >>> row = budget_measure(H.PRESETS["smoke"], text)(job, run)
     >>> row["model"], round(row["nats/char"], 2), len(row["sample"])  # blank: ln 12
     ('LLaDA', 2.48, 64)
     """
     tokenizer = H.CharTokenizer.from_text(text)
-    train_ids, val_ids = H.split(tokenizer.encode(text))
+    train_ids, _, test_ids = quality.parts(tokenizer.encode(text))
     length, scores = preset.seq_len, quality.TextMeasure(tokenizer, text[: len(train_ids)])
-    _, template = quality.prompts(H.windows(val_ids, length), preset.texts)
+    _, template = quality.prompts(H.windows(test_ids, length), preset.texts)
     opening = torch.full((1, length), H.MASK_ID)
-    start = prompt if set(prompt) <= set(text) else text[len(train_ids) :][: len(prompt)]
+    start = prompt if set(prompt) <= set(text) else text[-len(test_ids) :][: len(prompt)]
     opening[0, : len(start)] = tokenizer.encode(start)
 
     def continued(model: H.Transformer, some: Tensor) -> Tensor:
         options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
-        return quality.write(model, *H._on_device(model, some), **options).ids
+        return quality.write(model, some.to(model.head.weight.device), **options).ids
 
     def measure(job: H.Job, run: H.Run) -> dict:
-        nats, interval = H.per_character(*validation_nats(run.model, val_ids, preset.nelbo_samples))
+        nats, interval = H.per_character(*window_nats(run.model, test_ids, preset.nelbo_samples))
         made, sample = (continued(run.model, x[:, : run.model.config.seq_len]) for x in (template, opening))
         score = {key: value for key, value in scores(made).items() if key.startswith(("judge", "known", "char"))}
-        counted = {"model": "AR" if job.model.causal else "LLaDA", "TFLOP": training_flop(job) / 1e12}
+        counted = {"scored on": "test text", "model": "AR" if job.model.causal else "LLaDA", "TFLOP": training_flop(job) / 1e12}
         return {**counted, "nats/char": nats, "95% ±": interval, **score, "sample": tokenizer.decode(sample[0])}
 
     return measure

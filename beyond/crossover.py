@@ -2,7 +2,7 @@
 
 Both are trained on the first so many characters, each number of epochs being a training of its own with its own decay, since the
 decay is what brings a long training's loss down. Which regularisation, which number of epochs and which checkpoint is best is
-chosen on the first half of the validation text; all are scored on the second half, so that no number profits from being chosen.
+chosen on the validation text; all are scored on the test text, so that no number profits from being chosen.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 import llada_helpers as H
-from beyond.seeds import over_seeds
+from beyond.quality import parts
 
 SCORED = 4  # times as many windows are scored as are chosen by: to rank takes fewer, and training pays for them at every look
 
@@ -72,15 +72,13 @@ SIZES = {"smoke": (SMALL, SMALL), "cpu": (SMALL, _CPU), "cpu_long": (SMALL, _CPU
 def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
     """A row for each length of text, kind and number of epochs, a training for each seed.
 
-    Validated on, and so chosen by, is the first half of `val_ids` LongTensor[n]; the other half is left to `crossover_measure`.
-
     >>> import torch
     >>> ids = torch.arange(4, 30)
     >>> jobs = crossover_jobs(SMALL, 30, ids, ids)
     >>> list(jobs)[3], [job.train.seed for job in jobs["AR, 400 characters, 10 epochs"]]
     ('LLaDA, dropout 0.1, weight decay 0.1, 400 characters, 40 epochs', [0, 1])
     """
-    jobs, (choosing_ids, _) = {}, H.split(val_ids, 0.5)
+    jobs = {}
     for count in sizes.characters:
         for kind, ladder in sizes.ladders.items():
             shape = (vocab_size, sizes.seq_len, sizes.n_layer, sizes.n_head, sizes.n_embd)
@@ -91,7 +89,7 @@ def crossover_jobs(sizes: Crossover, vocab_size: int, train_ids: Tensor, val_ids
                 config = H.TrainConfig(steps, sizes.batch_size, weight_decay=kind.weight_decay, **options)
                 trainings = [replace(config, seed=seed) for seed in range(sizes.seeds)]
                 row = f"{kind.name}, {count:,} characters, {epochs:,} epochs"
-                jobs[row] = [H.Job(model, training, train_ids[:count], choosing_ids) for training in trainings]
+                jobs[row] = [H.Job(model, training, train_ids[:count], val_ids) for training in trainings]
     return jobs
 
 
@@ -121,31 +119,30 @@ def crossover_measure(text: str) -> Callable[[H.Job, H.Run], dict]:
     """What `run_jobs` adds to a row: model and kind, and both checkpoints, "best" and "end" of training, on two texts.
 
     "best, chosen by" and "end, chosen by" are the validation losses; "best, seed 0" and so on are each training's nats per
-    character of the validation text's second half, as is "nats/char", of the best checkpoint. LLaDA's are bounds, AR's exact.
+    character of the test text, as is "nats/char", of the best checkpoint. LLaDA's are bounds, AR's exact.
 
     >>> import tempfile
     >>> text = "to be, or not to be " * 40
     >>> tokenizer = H.CharTokenizer.from_text(text)
     >>> sizes = replace(SMALL, characters=(64,), ladders={Kind("AR"): (16,)})
-    >>> (_, (job, *_)), = crossover_jobs(sizes, tokenizer.vocab_size, *H.split(tokenizer.encode(text))).items()
+    >>> (_, (job, *_)), = crossover_jobs(sizes, tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2]).items()
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     line = crossover_measure(text)(job, H.train("demo", job, root=folder, quiet=True))
     >>> line["kind"], line["nats/char"] == line["best, seed 0"] == line["end, seed 0"]  # after the only step
     ('AR', True)
     """
-    _, val_ids = H.split(H.CharTokenizer.from_text(text).encode(text))
-    _, scoring_ids = H.split(val_ids, 0.5)
+    *_, test_ids = parts(H.CharTokenizer.from_text(text).encode(text))
 
     def measure(job: H.Job, run: H.Run) -> dict:
         kind = Kind("AR" if job.model.causal else "LLaDA", job.model.dropout, job.train.weight_decay)
         config = replace(job.train, eval_windows=SCORED * job.train.eval_windows)
-        scoring = replace(job, train=config, val_ids=scoring_ids)
+        scoring = replace(job, train=config, val_ids=test_ids)
         windows = scoring.validation_sequences()
         checkpoints = {
             "best": (run.model, run.summary["best"]),
             "end": (last_model(job, run), run.metrics["val_loss"].iloc[-1]),
         }
-        line = {"model": kind.model, "kind": kind.name}
+        line = {"scored on": "test text", "model": kind.model, "kind": kind.name}
         for checkpoint, (model, chosen_by) in checkpoints.items():
             nats = scoring.validation_nats(model, windows).cpu()
             score, interval = H.per_character(nats, scoring.learned(windows).sum(dim=1))
@@ -160,8 +157,8 @@ def crossover_measure(text: str) -> Callable[[H.Job, H.Run], dict]:
 def crossover_best(table: pd.DataFrame) -> pd.DataFrame:
     """For each number of characters and each checkpoint the LLaDA and the AR chosen, their scores, and their difference.
 
-    Chosen is the row with the lowest mean over seeds on the first half of the validation text; scores are nats per character
-    of the second half, intervals 95% over seeds (Student's t): they say how trainings differ, not how texts do. The difference
+    Chosen is the row with the lowest mean over seeds on the validation text; scores are nats per character
+    of the test text, intervals 95% over seeds (Student's t): they say how trainings differ, not how texts do. The difference
     is paired, since a seed means the same first weights and the same windows to train on for both models. Below 0 LLaDA is
     ahead: its bound is below AR's exact value.
 
@@ -185,8 +182,8 @@ def crossover_best(table: pd.DataFrame) -> pd.DataFrame:
                     raise ValueError(f"no {model} on {characters:,} characters; pass the table of the whole suite")
                 chosen = part.loc[[part[f"{checkpoint}, chosen by"].idxmin()]]
                 scores[model] = chosen.filter(regex=f"^{checkpoint}, seed ").iloc[0]
-                line |= {model: scores[model].mean(), f"{model} ±": over_seeds(scores[model])}
+                line |= {model: scores[model].mean(), f"{model} ±": H.half_width(scores[model])}
                 line |= {f"{model}, kind": chosen["kind"].item(), f"{model}, epochs": chosen["epochs"].item()}
             difference = scores["LLaDA"] - scores["AR"]
-            lines.append(line | {"LLaDA − AR": difference.mean(), "LLaDA − AR ±": over_seeds(difference)})
+            lines.append(line | {"LLaDA − AR": difference.mean(), "LLaDA − AR ±": H.half_width(difference)})
     return pd.DataFrame(lines)

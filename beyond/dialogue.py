@@ -148,24 +148,28 @@ def in_turns(text: str, layout: Layout) -> Talk:
     >>> in_turns("abcdefghijklmnopqr", Layout(H.CharTokenizer.from_text("abcdefghijklmnopqr"), 16))
     [('abcdefghi', 'o', 'jklmnopqr')]
     """
-    size, letters = layout.answer_len - 1, layout.tokenizer.characters[-4:]
+    size, letters = min(layout.answer_len - 1, len(text) // 2), layout.tokenizer.characters[-4:]  # two pieces at least
     pieces = [text[i : i + size] for i in range(0, len(text) - size + 1, size)]
     return [(a, letters[i % len(letters)], b) for i, (a, b) in enumerate(itertools.pairwise(pieces))]
 
 
-def talks(train_text: str, val_text: str, layout: Layout) -> tuple[Talk, Talk]:
-    r"""The dialogue of both parts of a play, cut out separately, so that no speech is in both; of any other text, `in_turns`.
+def talks(train_text: str, val_text: str, test_text: str, layout: Layout) -> tuple[Talk, Talk, Talk]:
+    r"""The dialogue of three parts of a play, cut out separately, so that no speech is in two; of any other text, `in_turns`.
 
-    A play is what has at least four speakers that speak in both parts.
+    A play is what has at least four speakers that speak in training and validation, and in each part a speech that fits after a
+    full prompt.
 
     >>> play = "\n\n".join(f"{name}:\nhi" for name in "ABCD")
     >>> layout = Layout(H.CharTokenizer.from_text(play + "no"), 16)
-    >>> [talk[0] for talk in talks(play, play, layout)], talks(play, "no hi" * 5, layout)[1]
-    ([('', 'A', 'hi'), ('', 'A', 'hi')], [('no hino h', 'h', 'ino hino ')])
+    >>> [talk[0] for talk in talks(play, play, play, layout)], talks(play, "no hi" * 5, play, layout)[1]
+    ([('', 'A', 'hi'), ('', 'A', 'hi'), ('', 'A', 'hi')], [('no hino h', 'h', 'ino hino ')])
     """
-    parts = dialogue(train_text), dialogue(val_text)
-    speakers = [{who for _, who, _ in part} for part in parts]
-    return parts if len(speakers[0] & speakers[1]) >= 4 else (in_turns(train_text, layout), in_turns(val_text, layout))
+    texts = (train_text, val_text, test_text)
+    parts = tuple(map(dialogue, texts))
+    known, heard, _ = ({who for _, who, _ in part} for part in parts)
+    lengths = [[(len(layout.ask(before, who)), len(speech)) for before, who, speech in part] for part in parts]
+    usable = all(any(p >= layout.prompt_len and s < layout.answer_len for p, s in part) for part in lengths)
+    return parts if usable and len(known & heard) >= 4 else tuple(in_turns(text, layout) for text in texts)
 
 
 def full_prompts(rows: Tensor, layout: Layout, count: int) -> Tensor:
@@ -318,7 +322,7 @@ def answers_table(answers: dict[str, Tensor], lengths: dict[str, np.ndarray], la
         if name in answers and "before" not in name:
             line["has an end"] = (answers[name] == H.END_ID).any(dim=1).float().mean().item()
         if len(ended):
-            line |= {"mean length": ended.mean(), "length ±": 1.96 * ended.std() / len(ended) ** 0.5}
+            line |= {"mean length": ended.mean(), "length ±": H.half_width(ended)}
             line["largest gap to real"] = np.abs((ended <= at).mean(axis=1) - (lengths["real"] <= at).mean(axis=1)).max()
         lines.append(line)
     return pd.DataFrame(lines)

@@ -2,11 +2,9 @@
 
     python -m beyond.experiments train --preset cpu --model llada
     python -m beyond.experiments ablations --preset cpu
-    python -m beyond.experiments decoders --preset cpu
 
 A suite is a dictionary from the rows of a table to their trainings, one for each seed. It has a full form, which the command
 line trains, and a short one, which a notebook trains where the full one's table is missing or was made by other trainings.
-The sweep of decoders trains nothing beyond the preset's two models, and has the same two forms.
 """
 
 import argparse
@@ -21,11 +19,12 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, blocks, budget, crossover, knob, quality, recipe, schedule, sweep, tuning, vocabulary
-from beyond.seeds import over_seeds
+from beyond import ablations, blocks, budget, crossover, exact, knob, schedule, tuning, vocabulary
+from beyond.quality import parts
 
 Jobs = dict[str, list[H.Job]]
 COMMITTED = Path("figures", "tables")
+BEFORE = "text of the last 20%, later validation and test"  # what tables that do not say it were scored on
 
 
 def characters(sequences: Tensor, learned: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -43,12 +42,12 @@ class Row(NamedTuple):
 
     line: dict
     curves: list[pd.DataFrame]
-    sequences: Tensor  # LongTensor[N, L], the windows of the validation
+    sequences: Tensor  # LongTensor[N, L], the validation windows
     learned: Tensor  # BoolTensor[N, L]
     nats: Tensor  # FloatTensor[seeds, N]
 
 
-Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training; its "nats/char" replaces that of validation
+Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training, which replace those of the same name
 
 
 def _row(
@@ -61,19 +60,20 @@ def _row(
     counts = characters(sequences, learned, lengths)
     nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs])
     each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
-    result = Row({"row": row}, [], sequences, learned, nats)
+    result = Row({"row": row, "scored on": "validation text"}, [], sequences, learned, nats)
     line = result.line
     line["nats/char"], line["95% ±"] = H.per_character(nats.mean(dim=0), counts)
     if measure:  # what is no number is that of the first seed
         further = pd.DataFrame([measure(trial, run) for trial, run in zip(trials, runs)])
         line |= further.iloc[0].to_dict() | further.mean(numeric_only=True).to_dict()
         each = further["nats/char"].tolist()
-    line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": over_seeds(each)}
+    line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": H.half_width(each)}
     first = first or result
-    if torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned):
+    same = torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned)
+    if same and line["scored on"] == "validation text":  # which is where `nats` are from
         line["difference"], line["difference ±"] = H.per_character(nats.mean(dim=0) - first.nats.mean(dim=0), counts)
         apart = [float((ours - theirs).sum() / counts.sum()) for ours, theirs in zip(nats, first.nats)]  # seed by seed
-        line["difference over seeds ±"] = over_seeds(apart)
+        line["difference over seeds ±"] = H.half_width(apart)
     text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
     line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
     line["characters"] = int(characters(text, job.learned(text), lengths).sum())
@@ -113,7 +113,8 @@ def run_jobs(
         compiled: torch.compile the blocks of our Transformers.
         only: rows that match this regular expression; nothing is written then.
         lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
-        measure: further columns, a mean over seeds each; its "nats/char" takes the place of the one on the validation's windows.
+        measure: further columns, a mean over seeds each; its "nats/char" takes the place of that of the validation windows, and
+            "scored on" then says of which text it is (if not of validation text, there is no difference to the first row).
 
     >>> import os, tempfile
     >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
@@ -181,18 +182,60 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
             print(f"{name}: the full suite, read from {tables / name}.csv")
             return known, curves
         if len(curves) and marks.keys() == wanted.keys() and tables == results.tables == COMMITTED:
-            made = f"made at commit {known['commit'].iloc[0]} by earlier code (python -m beyond.experiments {name} remakes it)"
+            commits = ", ".join(sorted({*known["commit"].replace("none", "unknown")}))
+            scored = f"scored on {known['scored on'][0] if 'scored on' in known else BEFORE}"
+            made = f"made at commit {commits} by earlier code and {scored}; the command line remakes it"
             print(f"{name}: the full suite, read from {tables / name}.csv, {made}")
             return known, curves
     table = run_jobs(results, name, short, quiet=True, **options)
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")
 
 
+def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """NAME.csv, where `results` writes or among the committed tables, if `mark` made it; else what `short` makes, written so.
+
+    >>> import os, tempfile
+    >>> here, results = os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)
+    ...     _ = results.table(pd.DataFrame({"k": [1], "fingerprint": "a"}), "demo")  # what the command line leaves behind
+    ...     tables = [full_or_short(results, "demo", mark, lambda: pd.DataFrame({"k": [2]})) for mark in "ab"]
+    ...     os.chdir(here)
+    demo: the full table, read from build/smoke/figures/tables/demo.csv
+    >>> [(table["k"][0].item(), table["fingerprint"][0]) for table in tables]
+    [(1, 'a'), (2, 'b, short')]
+    """
+    for tables in (results.tables, COMMITTED):
+        known = _read_table(tables / f"{name}.csv")
+        if set(known.get("fingerprint", ())) == {mark}:
+            print(f"{name}: the full table, read from {tables / name}.csv")
+            return known
+    return results.table(short().assign(fingerprint=f"{mark}, short"), name)
+
+
+def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = False, only: str = "") -> dict[str, pd.DataFrame]:
+    """Those of `exact.tables`: the full ones if they are there, else short ones, of fewer windows; with `full`, made anew."""
+    tokenizer = H.CharTokenizer.from_text(text)
+    train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
+    jobs = preset.jobs(tokenizer.vocab_size, train_ids, val_ids)
+    options = {"compiled": preset.compiled, "quiet": True}
+    models = {name: _train(f"{preset.name}-{name.lower()}", job, **options).model for name, job in jobs.items()}
+    val, test = (H.windows(ids, preset.seq_len) for ids in (val_ids, test_ids))
+    short, large = (exact.tables(models, val, test, sizes) for sizes in exact.SIZES[preset.name])
+    mark, names = suite_mark(list(jobs.values())), [name for name in large if re.search(only, name)]
+    if full:
+        commit = H.describe_machine()["commit"]
+        scored = {name: {"scored on": f"{'validation' if name == 'exact_choice' else 'test'} text"} for name in names}
+        kept = {name: scored[name] | {"fingerprint": mark, "commit": commit} for name in names}
+        return {name: results.table(large[name]().assign(**kept[name]), name) for name in names}
+    return {name: full_or_short(results, name, mark, short[name]) for name in names}
+
+
 class Suite(NamedTuple):
     """A table that the command line can make.
 
-    >>> SUITES["recipe"].sizes["smoke"]  # of the short form and of the full one
-    (1, 2)
+    >>> SUITES["tuning"].sizes["smoke"]  # of the short form and of the full one
+    (5120, 10240)
     """
 
     about: str
@@ -219,11 +262,6 @@ SUITES = {
         lambda preset, size, text, data: (crossover.crossover_jobs(size, *data), None),
         lambda preset, text: crossover.crossover_measure(text),
     ),
-    "recipe": Suite(
-        "the MDLM tutorial's recipe beside ours",
-        recipe.SIZES,
-        lambda preset, size, text, data: (recipe.recipe_jobs(preset, size, *data), None),
-    ),
     "vocabulary": Suite(
         "characters against byte pairs, LLaDA and AR",
         vocabulary.SIZES,
@@ -249,6 +287,12 @@ SUITES = {
         tuning.SIZES,
         lambda preset, size, text, data: (tuning.weight_jobs(preset, size, *data), None),
     ),
+    "decoder": Suite(
+        "LLaDA trained further for the decoder of eight bit-reversed passes, and as long on Eq. 3",
+        exact.TRAINING,
+        lambda preset, size, text, data: (exact.decoder_jobs(preset, size, *data), None),
+        exact.decoder_measure,
+    ),
     "budget": Suite(
         "what more training buys: LLaDA and AR at several budgets",
         budget.SIZES,
@@ -266,73 +310,16 @@ SUITES = {
 def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict]:
     """The full and the short form of a suite, and `run_jobs`'s options for it, "lengths" and "measure": for `experiment`.
 
-    >>> full, short, options = suite("recipe", H.PRESETS["smoke"], "to be, or not to be " * 20)
-    >>> full["ours"][0].train.steps, [form["MDLM tutorial's recipe"][0].train.steps for form in (full, short)], options
-    (200, [2, 1], {'lengths': None, 'measure': None})
+    >>> full, short, options = suite("tuning", H.PRESETS["smoke"], "to be, or not to be " * 20)
+    >>> [form["32 windows"][0].train.steps for form in (full, short)], options
+    ([5, 2], {'lengths': None, 'measure': None})
     """
     tokenizer = H.CharTokenizer.from_text(text)
-    data = (tokenizer.vocab_size, *H.split(tokenizer.encode(text)))
+    data = (tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
     known = SUITES[name]
     small, large = known.sizes[preset.name]
     (full, lengths), (short, _) = (known.jobs(preset, size, text, data) for size in (large, small))
     return full, short, {"lengths": lengths, "measure": known.measure and known.measure(preset, text)}
-
-
-def save_sweep(results: H.Results, jobs: dict[str, H.Job], sizes: sweep.Sweep, made: pd.DataFrame) -> pd.DataFrame:
-    """Write what `sweep.sweep` made: tables/decoders_sweep.csv, a row for each setting, and decoders_sweep_groups.csv.
-
-    Returns the latter, as `swept` reads it; an example stands there.
-    """
-    fingerprint = sweep.mark(jobs, sizes)
-    results.table(sweep.averaged(made).assign(fingerprint=fingerprint), "decoders_sweep")
-    return results.table(made.assign(fingerprint=fingerprint), "decoders_sweep_groups")
-
-
-def swept(
-    results: H.Results,
-    jobs: dict[str, H.Job],
-    sizes: tuple[sweep.Sweep, sweep.Sweep],
-    make: Callable[[sweep.Sweep], pd.DataFrame],
-) -> pd.DataFrame:
-    """decoders_sweep_groups.csv if the full sweep of these trainings made it, else the short one, made here.
-
-    Args:
-        jobs: the trainings of "LLaDA" and "AR".
-        sizes: the short form and the full one, `sweep.SIZES[preset.name]`.
-        make: from sizes to `sweep.sweep`'s table.
-
-    >>> import os, tempfile
-    >>> ids, here, results = torch.arange(4, 10).repeat(20), os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
-    >>> job = H.Job(H.ModelConfig(10, 24, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(1, 2, evals=1), ids, ids)
-    >>> line = {"decoder": "AR", "passes": 8, "top-p": 1.0, "temperature": 0.8, "nfe": 8, "group": 0}
-    >>> made, jobs = pd.DataFrame([line | dict.fromkeys(sweep.METRICS, 0.5)]), {"LLaDA": job, "AR": job}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)
-    ...     _ = save_sweep(results, jobs, sweep.SIZES["smoke"][1], made)  # what the command line leaves behind
-    ...     found = swept(results, jobs, sweep.SIZES["smoke"], make=None)
-    ...     os.chdir(here)
-    decoders: the full sweep, read from build/smoke/figures/tables/decoders_sweep_groups.csv
-    >>> found["char entropy"].tolist()
-    [0.5]
-    """
-    short, full = sizes
-    for tables in (results.tables, COMMITTED):
-        known = _read_table(tables / "decoders_sweep_groups.csv")
-        if set(known.get("fingerprint", ())) == {sweep.mark(jobs, full)}:
-            print(f"decoders: the full sweep, read from {tables / 'decoders_sweep_groups'}.csv")
-            return known
-    return save_sweep(results, jobs, short, make(short))
-
-
-def _sweep_decoders(preset: H.Preset, text: str) -> pd.DataFrame:
-    tokenizer = H.CharTokenizer.from_text(text)
-    train_ids, val_ids = H.split(tokenizer.encode(text))
-    jobs, sizes = preset.jobs(tokenizer.vocab_size, train_ids, val_ids), sweep.SIZES[preset.name][1]
-    runs = {name: _train(f"{preset.name}-{name.lower()}", job, compiled=preset.compiled) for name, job in jobs.items()}
-    models = {name: run.model for name, run in runs.items()}
-    measure = quality.Measure(models, tokenizer, text[: len(train_ids)])
-    made = sweep.sweep(models, measure, H.windows(val_ids, preset.seq_len), sizes)
-    return sweep.averaged(save_sweep(H.Results(preset, text), jobs, sizes, made))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -346,14 +333,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     abouts = {"train": "train one model of a preset; runs/ and checkpoints/ get the result"}
     abouts |= {name: f"{known.about}; tables/{name}.csv" for name, known in SUITES.items()}
-    abouts["decoders"] = "decoders over temperatures, with the preset's two models; tables/decoders_sweep.csv"
+    abouts["exact"] = "exact nats of every decoder, with the preset's two models; tables/exact.csv and others"
     for command, about in abouts.items():
         aliases = ["ablate"] if command == "ablations" else []
         options = commands.add_parser(command, help=about, description=about, aliases=aliases)
         options.add_argument("--preset", choices=H.PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
         if command == "train":
             options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
-        elif command in SUITES:
+        else:
             options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
         options.set_defaults(command=command)  # an alias says the name
     return parser
@@ -371,15 +358,17 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = _parser().parse_args(arguments)
     preset = H.PRESETS[arguments.preset] if arguments.preset else H.choose_preset()
     text = H.load_text()
+    H.require(text, preset)
     if arguments.command == "train":
         tokenizer = H.CharTokenizer.from_text(text)
-        jobs = preset.jobs(tokenizer.vocab_size, *H.split(tokenizer.encode(text)))
+        jobs = preset.jobs(tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
         job = jobs[{"llada": "LLaDA", "ar": "AR"}[arguments.model]]
         run = H.train(f"{preset.name}-{arguments.model}", job, compiled=preset.compiled)
         print(json.dumps({"run": str(run.path), **{key: run.summary[key] for key in ("best", "steps", "tokens", "seconds")}}))
         return
-    if arguments.command == "decoders":
-        print(_sweep_decoders(preset, text)[["row", *sweep.METRICS]].round(3).to_string(index=False))
+    if arguments.command == "exact":
+        for table in exact_tables(H.Results(preset, text), preset, text, full=True, only=arguments.only).values():
+            print(table.round(3).to_string(index=False))
         return
     jobs, _, options = suite(arguments.command, preset, text)
     results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}

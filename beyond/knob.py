@@ -72,19 +72,19 @@ def fill(
     return blocks.generate_blocks(predict, template, block_length=length, steps_per_block=passes_per_block, **options)
 
 
-def validation_nats(model: H.Transformer, val_ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Nats and characters of each validation window of the model's length, [N] each: exact for AR and L' = 1, else a bound.
+def window_nats(model: H.Transformer, ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Nats and characters of each window of the model's length in ids [n], [N] each: exact for AR and L' = 1, else a bound.
 
     Where LLaDA's bound masks each window `samples` times, that of shorter blocks masks at least as many blocks of it.
 
     >>> model = blocks.block_diffusion(2)(H.ModelConfig(vocab_size=9, seq_len=4, n_layer=1, n_head=1, n_embd=8))
-    >>> nats, characters = validation_nats(model, torch.arange(4, 9), 1)
+    >>> nats, characters = window_nats(model, torch.arange(4, 9), 1)
     >>> (nats / torch.tensor(9).log()).round(decimals=3).tolist(), characters.tolist()  # blank: ln 9 for each character
     ([4.0, 1.0], [4, 1])
     """
     if not isinstance(model, blocks.BlockDiffusion):
-        return budget.validation_nats(model, val_ids, samples)
-    windows, length = H.windows(val_ids, model.config.seq_len), model.block_length
+        return budget.window_nats(model, ids, samples)
+    windows, length = H.windows(ids, model.config.seq_len), model.block_length
     real = windows != H.PAD_ID
     options = {"n_samples": -(-samples * length // windows.shape[1]), "generator": torch.Generator().manual_seed(0)}
     return blocks.block_nelbo(model, windows, H.MASK_ID, block_length=length, maskable=real, **options).cpu(), real.sum(dim=1)
@@ -112,7 +112,7 @@ def infilled(model: H.Transformer, truth: Tensor, hole: slice) -> list[bool]:
     >>> infilled(model, torch.tensor([[5, 6, 4, 4, 7], [5, 6, 4, 8, 7]]), slice(2, 4))  # blank: the first that is allowed
     [True, False]
     """
-    (truth,) = H._on_device(model, truth)
+    truth = truth.to(model.head.weight.device)
     template = truth.clone()
     template[:, hole] = H.MASK_ID
     made = fill(model, template, block_length_of(model), temperature=0).ids
@@ -130,25 +130,25 @@ def knob_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
     >>> tokenizer = H.CharTokenizer.from_text(text)
     >>> shape = H.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8)
     >>> kind = blocks.block_diffusion(4)
-    >>> job = blocks.BlockJob(shape, H.TrainConfig(1, 2), *H.split(tokenizer.encode(text)), architecture=kind)
+    >>> job = blocks.BlockJob(shape, H.TrainConfig(1, 2), *quality.parts(tokenizer.encode(text))[:2], architecture=kind)
     >>> row = knob_measure(H.PRESETS["smoke"], text)(job, H.Run(kind(shape), pd.DataFrame(), {}, None))
     >>> row["block length"], round(row["nats/char"], 2), [row[f"passes ({name})"] for name in passes(4)]  # blank: ln 12
     (4, 2.48, [48, 24, 12])
     """
     tokenizer = H.CharTokenizer.from_text(text)
-    train_ids, val_ids = H.split(tokenizer.encode(text))
+    train_ids, val_ids, _ = quality.parts(tokenizer.encode(text))
     scores = quality.TextMeasure(tokenizer, text[: len(train_ids)])
 
     def measure(job: H.Job, run: H.Run) -> dict:
         windows = H.windows(val_ids, run.model.config.seq_len)
         _, template = quality.prompts(windows, preset.texts)
         truth, hole = blanks(windows, preset.blanks)
-        nats, interval = H.per_character(*validation_nats(run.model, val_ids, preset.nelbo_samples))
+        nats, interval = H.per_character(*window_nats(run.model, val_ids, preset.nelbo_samples))
         rate, margin = H.share(infilled(run.model, truth, hole))
         length = block_length_of(run.model)
         line = {"block length": length, "nats/char": nats, "95% ±": interval, "infilled": rate, "infilled ±": margin}
         for name, count in passes(length).items():
-            made = fill(run.model, *H._on_device(run.model, template), count, 1.0, torch.Generator().manual_seed(0))
+            made = fill(run.model, template, count, 1.0, torch.Generator().manual_seed(0))
             found = {"passes": made.nfe} | {key: x for key, x in scores(made.ids).items() if key.removesuffix(" ±") in SCORES}
             line |= {f"{key} ({name})": x for key, x in found.items()}
         return line

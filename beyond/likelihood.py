@@ -13,6 +13,8 @@ from llada_helpers import MaskPredictor
 MANY_SAMPLES = 16  # from here on, more of the masks are spent on small l
 
 
+@H._checked()
+@H._placed
 def low_noise_nelbo(
     model: MaskPredictor,
     sequences: Tensor,
@@ -47,10 +49,6 @@ def low_noise_nelbo(
     >>> (bound / torch.tensor(8).log()).round(decimals=3).tolist()
     [4.0]
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}: pass at least 1")
-    maskable = H._check_maskable(sequences, maskable)
-    sequences, maskable = H._on_device(model, sequences, maskable)
     (B, L), n = sequences.shape, maskable.sum(dim=1)
     drawn = slice(0, 1) if common_masks else slice(None)
     power = 2 if n_samples >= MANY_SAMPLES else 1
@@ -94,6 +92,8 @@ def _what_others_say(nll: Tensor, hidden: Tensor, count: Tensor, x: Tensor, line
     return level, slope, harder / (seen + 1)  # shrunk toward zero, since few masks say little
 
 
+@H._checked()
+@H._placed
 def any_order_nll(
     model: MaskPredictor,
     sequences: Tensor,
@@ -117,8 +117,6 @@ def any_order_nll(
     """
     if n_orders < 1:
         raise ValueError(f"n_orders={n_orders}: pass at least 1")
-    maskable = H._check_maskable(sequences, maskable)
-    sequences, maskable = H._on_device(model, sequences, maskable)
     rows, free = (x.repeat(n_orders, 1) for x in (sequences, maskable))
     rank = H._uniform(rows.shape, rows, generator).masked_fill(~free, 2.0).argsort(dim=1).argsort(dim=1)
     total = torch.zeros(len(rows), device=rows.device, dtype=torch.float64)

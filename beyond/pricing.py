@@ -20,12 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import beyond
@@ -224,8 +223,8 @@ def _metered(meter: Meter, preset: H.Preset, text: str) -> Iterator[None]:
     cached, here = decoding.cached, os.getcwd()
     helper = {"Transformer": meter.predictor, "_nll": meter.nll, "train": meter.train, "generate_ar": meter.generate_ar}
     helper |= {"reverse_process": meter.reverse_process, "choose_preset": lambda: preset, "load_text": lambda: text}
-    helper |= {"copy_index": lambda corpus: [], "ngram_judge": lambda corpus: lambda written, start: 1.0}
-    helper |= {"show": lambda *things: None, "frames": lambda *args: ["page"], "filmstrip": lambda *args, **options: Figure()}
+    helper |= {"runs_of": lambda *args: [], "ngram_judge": lambda corpus: lambda written, start: 1.0}
+    helper |= {"show": lambda *things: None, "frames": lambda *args: ["page"], "filmstrip": lambda *args, **options: None}
     helper |= {"DenoisingViewer": lambda films: None}
     patches = [patch.multiple(H, **helper), patch.object(H.Results, "figure", lambda *args: None)]
     patches.append(patch.object(decoding, "cached", lambda model, template, *rest: cached(model, template[:1], *rest)))
@@ -260,7 +259,7 @@ def count(notebook: Path, preset: H.Preset, text: str) -> Meter:
     ...     count(path, H.PRESETS["smoke"], "a text").spent[""].characters  # ten windows of 64, twice
     1280
     """
-    meter, cells, scope = Meter(), sections(notebook), {"__name__": "__main__"}
+    meter, cells, scope = Meter(), sections(notebook), {"__name__": "__main__", "get_ipython": MagicMock()}
     with _metered(meter, preset, text):
         for meter.section, source in cells:
             exec(compile(source, notebook.name, "exec"), scope)

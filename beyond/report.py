@@ -3,70 +3,29 @@
     python -m beyond.report   # fills README.md and analysis.md, writes analysis.pdf
 
 Pandoc turns the Markdown into Typst, Typst sets it; both come as wheels: pip install pypandoc_binary typst.
-Numbers are rounded here and nowhere else: tables keep four decimals, text shows the digits that count.
+Tables keep four decimals; text shows the digits that count, by the formatter of the notebooks.
 """
 
 import argparse
 import hashlib
-import itertools
 import json
-import math
 import re
 from pathlib import Path
 
 import pandas as pd
 
-from llada_helpers import write_atomically
+from llada_helpers import pretty, write_atomically
 
 TABLES = Path("figures/tables")
 
 
-def places(value: float, digits: int) -> int:
-    """Decimal places at which `value` shows so many significant digits; negative: tens, hundreds and so on are rounded.
+def escaped(text: str) -> str:
+    r"""A word of a table as Markdown: its signs escaped, its line ends kept.
 
-    >>> places(1.9388, 3), places(0.0088, 1), places(13273.0, 3)
-    (2, 3, -2)
+    >>> escaped("a|b\nc")
+    'a\\|b<br>c'
     """
-    return digits - 1 - int(f"{value:.{digits - 1}e}".partition("e")[2])
-
-
-def number(value: float, half: float = math.nan) -> str:
-    """A measured number as text: three significant digits, two below a tenth; whole numbers stay whole.
-
-    With the half-width of its interval it is "value ± half", to the place where the half-width has its second digit (its first,
-    if that is three or more), but not beyond the value's third, unless the half-width would be off by more than a half.
-
-    >>> number(0.98451), number(421.41), number(-0.0924), number(1000704.0)
-    ('0.985', '421', '−0.092', '1,000,704')
-    >>> number(1.9388, 0.0088), number(0.0016, 0.0104), number(0.0, 0.0302), number(1.9388, 0.0011)
-    ('1.94 ± 0.01', '0.002 ± 0.010', '0.00 ± 0.03', '1.939 ± 0.001')
-    """
-    if math.isnan(half) or half == 0:
-        place, half = 0 if value == int(value) else places(value, 3 if abs(value) >= 0.1 else 2), math.nan
-    else:
-        place = min(places(value, 3), places(half, 2) - (f"{half:.1e}"[0] >= "3"))
-        while abs(round(half, place) - half) > half / 2:
-            place += 1
-
-    def rounded(x: float) -> str:
-        return f"{round(x, place) + 0.0:,.{max(0, place)}f}".replace("-", "−")  # + 0.0: no minus before a zero
-
-    return rounded(value) if math.isnan(half) else f"{rounded(value)} ± {rounded(half)}"
-
-
-def cell(text: str, half: str = "", column: str = "") -> str:
-    r"""One entry of a CSV file as Markdown: numbers rounded, words with their signs escaped and their line ends kept.
-
-    >>> cell("1.9388", "0.0088"), cell("13273.0", column="tokens/s"), cell("a|b\nc"), cell("")
-    ('1.94 ± 0.01', '13,300', 'a\\|b<br>c', '')
-    """
-    try:
-        value, width = float(text), float(half or "nan")
-    except ValueError:
-        value = width = math.nan
-    if math.isfinite(value):
-        return number(float(f"{value:.2e}") if column == "tokens/s" else value, width)
-    return re.sub(r"([\\`*_{}\[\]<>#|$~&])", r"\\\1", text).replace("\n", "<br>")
+    return re.sub(r"([\\`*_{}\[\]<>#|$~&])", r"\\\1", str(text)).replace("\n", "<br>")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -78,13 +37,8 @@ def read_table(path: Path) -> pd.DataFrame:
     ...     read_table(Path(folder, "t.csv")).to_dict("records")
     [{'row': '10.50', 'x': '1.50 ± 0.01', 'n': '1,200'}]
     """
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    shown = {table.columns[0]: [re.sub(r"([|<*_])", r"\\\1", name) for name in table.iloc[:, 0]]}
-    for column, following in itertools.pairwise([*table.columns[1:], ""]):
-        if not column.endswith("±"):
-            halves = table[following] if following.endswith("±") else itertools.repeat("")
-            shown[column] = [cell(text, half, column) for text, half in zip(table[column], halves)]
-    return pd.DataFrame(shown, index=table.iloc[:, 0])
+    table = pd.read_csv(path, converters={0: str}, keep_default_na=False, na_values=[""])
+    return pretty(table, rows=None).map(escaped).set_index(table.iloc[:, 0], drop=False)
 
 
 def markdown_table(path: Path, columns: list[str] | None = None) -> str:
@@ -196,13 +150,18 @@ def save_report(source: Path, target: Path, most_pages: int = 3) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """The command line, `python -m beyond.report`: everything that holds numbers of the tables, in the current directory.
 
+    What is missing there is an error (exit status 2) that says where to run it.
+
     >>> main(["--help"])
     Traceback (most recent call last):
     SystemExit: 0
     """
     description = "Put the numbers of figures/tables/ into README.md and analysis.md, and set analysis.md as analysis.pdf."
-    argparse.ArgumentParser(description=description).parse_args(arguments)
-    for path in (Path("README.md"), Path("analysis.md")):
+    parser, texts = argparse.ArgumentParser(description=description), [Path("README.md"), Path("analysis.md")]
+    parser.parse_args(arguments)
+    if missing := [str(path) for path in (*texts, TABLES) if not path.exists()]:
+        parser.error(f"{', '.join(missing)}: not here, in {Path.cwd()}; run it in the project's folder")
+    for path in texts:
         write_atomically(path, fill_report(path.read_text(encoding="utf-8")).encode())
         print(f"{path} holds the numbers of {TABLES}/")
     print(f"analysis.pdf: {save_report(Path('analysis.md'), Path('analysis.pdf'))} pages")

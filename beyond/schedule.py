@@ -69,7 +69,7 @@ def gradient_moment(
         batches: of one window each, at least 2; every t has the same ones.
 
     Returns:
-        a row for each t: "t", "second moment" (nats^2 per squared unit of the parameters), "second moment ±" (normal, 95%).
+        a row for each t: "t", "second moment" (nats^2 per squared unit of the parameters), "second moment ±" (Student's t, 95%).
 
     Raises:
         ValueError: fewer than two batches.
@@ -86,8 +86,7 @@ def gradient_moment(
     for t in times:
         gradients = (gradient(model, H.diffusion_batch(window, generator, t=t))[1] for window in chosen)
         squares = [float(g.square().sum()) for g in gradients]
-        half = 1.96 * np.std(squares, ddof=1) / batches**0.5
-        rows.append({"t": t, "second moment": np.mean(squares), "second moment ±": half})
+        rows.append({"t": t, "second moment": np.mean(squares), "second moment ±": H.half_width(squares)})
     return pd.DataFrame(rows)
 
 

@@ -115,7 +115,8 @@ def who_says(
 def speakers_table(tuned: dict, layout: Layout, train_talk: Talk, val_talk: Talk, sizes: Sizes) -> pd.DataFrame:
     """Who is right how often, in both quizzes; "share" is the mean over speakers, so that chance is one in four.
 
-    "log odds, nats" is by how much the right name is ahead of the mean of the others, a finer measure.
+    "log odds, nats" is by how much the right name is ahead of the mean of the others, a finer measure. A quiz between fewer than
+    two speakers is left out, and a sentence says so.
 
     >>> layout = Layout(H.CharTokenizer.from_text("ABCD:\\n hi"), 16)
     >>> blank = lambda ids: torch.zeros(*ids.shape, layout.tokenizer.vocab_size)
@@ -127,6 +128,9 @@ def speakers_table(tuned: dict, layout: Layout, train_talk: Talk, val_talk: Talk
     asked_of = quizzes(train_talk, val_talk)
     lines = [{"row": "chance", "share": 1 / len(asked_of["seen"][0])}]
     for quiz, (names, talk) in asked_of.items():
+        if len(names) < 2:
+            print(f"{quiz}: left out, the text is too short for two speakers in both of its parts")
+            continue
         asked, count = questions(names, talk, sizes.speeches), by_characters(names, train_talk, layout.tokenizer.characters)
         costs = []
         for seed, (_, before, speech) in enumerate(asked):
@@ -140,13 +144,13 @@ def speakers_table(tuned: dict, layout: Layout, train_talk: Talk, val_talk: Talk
             shares = [H.share(table[truth == i].argmin(axis=1) == i) for i in range(len(names))]
             rates, halves = zip(*shares)
             line = {"row": f"{method}, {quiz}", "share": np.mean(rates), "share ±": float(np.linalg.norm(halves)) / len(names)}
-            line |= {"log odds, nats": odds.mean(), "log odds, nats ±": 1.96 * odds.std() / len(odds) ** 0.5}
+            line |= {"log odds, nats": odds.mean(), "log odds, nats ±": H.half_width(odds)}
             each = ", ".join(f"{name} {rate:.2f}" for name, rate in zip(names, rates))
             lines.append(line | {"speeches": len(asked), "each": each})
     return pd.DataFrame(lines)
 
 
-def addressed(names: list[str], val_talk: Talk, val_text: str, layout: Layout, count: int) -> list[tuple[int, str]]:
+def addressed(names: list[str], talk: Talk, text: str, layout: Layout, count: int) -> list[tuple[int, str]]:
     """(number of the speaker who is to answer, speech before), `count` times: the names in turns, after speeches that fill the
     prompt's place.
 
@@ -154,7 +158,7 @@ def addressed(names: list[str], val_talk: Talk, val_text: str, layout: Layout, c
     >>> addressed(["A", "B"], [("hi hi", "A", ""), ("hi", "B", "")], "", layout, count=3)
     [(0, 'hi hi'), (1, 'hi hi'), (0, 'hi hi')]
     """
-    pool = [before for before, _, _ in val_talk if len(before) >= layout.prompt_len] or [val_text[: layout.prompt_len]]
+    pool = [before for before, _, _ in talk if len(before) >= layout.prompt_len] or [text[: layout.prompt_len]]
     return [(i % len(names), pool[i * len(pool) // count]) for i in range(count)]
 
 

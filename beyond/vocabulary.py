@@ -7,6 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 
 import llada_helpers as H
+from beyond.quality import parts
 
 MERGES = (512, 1024)
 HELD_OUT = 20_000  # characters that all vocabularies are judged by
@@ -58,7 +59,7 @@ def vocabulary_jobs(preset: H.Preset, config: H.TrainConfig, text: str) -> tuple
 
     A window has as many characters on average, a step as many tokens, and there are as many steps as the same number of
     multiplications allows, a larger vocabulary's larger head included. Two seeds each; all are judged by the same text, the first
-    HELD_OUT characters held out, in nats per *character*.
+    HELD_OUT characters of the validation text, in nats per *character*.
 
     Returns:
         the trainings of each row, and the characters of each of its tokens, LongTensor[vocab_size], for `run_jobs(lengths=...)`.
@@ -71,8 +72,8 @@ def vocabulary_jobs(preset: H.Preset, config: H.TrainConfig, text: str) -> tuple
     ('LLaDA, 512 merges', 28, 19, 54, 119, 4)
     """
     characters = H.CharTokenizer.from_text(text)
-    cut = len(H.split(characters.encode(text))[0])
-    shown, held = text[:cut], text[cut : cut + HELD_OUT]
+    cut, validation, _ = map(len, parts(characters.encode(text)))
+    shown, held = text[:cut], text[cut : cut + min(HELD_OUT, validation)]
     one = torch.ones(characters.vocab_size, dtype=torch.long)
     variants = {"characters": (characters.encode(shown), characters.encode(held), one)}
     for merges in MERGES:

@@ -8,7 +8,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 import llada_helpers as h
 
@@ -26,6 +28,24 @@ def masks(rows, length=3):
 
 def fill(model, template, **options):
     return h.reverse_process(model, template, **{"mask_id": MASK, "steps": 3, **options})
+
+
+class PostNormEncoder(torch.nn.Module, PyTorchModelHubMixin):
+    """A predictor out of PyTorch's own parts, as a user may bring one: post-norm, learned positions, dropout 0.1."""
+
+    def __init__(self, config: h.ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = torch.nn.Embedding(config.seq_len, config.n_embd)
+        layer = torch.nn.TransformerEncoderLayer(config.n_embd, config.n_head, 4 * config.n_embd, dropout=0.1, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
+        self.norm = torch.nn.LayerNorm(config.n_embd)
+        self.head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.positions.weight[: ids.shape[1]]  # [B, L, n_embd]
+        return self.head(self.norm(self.encoder(x, src_key_padding_mask=ids == PAD)))
 
 
 def with_noise(model, std):
@@ -187,3 +207,44 @@ def templates(draw, vocabulary):
         most, block_length = length, None
     n_blocks = 1 if block_length is None else most // block_length
     return template, block_length, n_blocks
+
+
+class Apple(torch.Tensor):
+    """A tensor that says it lives on Apple's device; see `WithoutFloat64`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """A device "mps" that refuses float64, and to be mixed with tensors of the CPU, as a context: x.to("mps") is on it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name, values = getattr(function, "__name__", ""), [*args, *kwargs.values()]
+        there, mps = [isinstance(x, Apple) for x in torch.utils._pytree.tree_leaves(values)], torch.device("mps")
+        if function == torch.Tensor.device.__get__ and there[0]:
+            return mps
+        named = (x for x in values if isinstance(x, (str, torch.device)))
+        to = next((torch.device(x) for x in named if isinstance(x, torch.device) or x in ("cpu", "mps")), None)
+        if name == "cpu" or (name == "to" and to is not None):
+            return args[0].as_subclass(Apple if to == mps else torch.Tensor)
+        if to == mps:
+            kwargs["device"] = "cpu"
+        if (any(there) or to == mps) and (name == "double" or any(x is torch.float64 for x in values)):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        plain = [x for x in torch.utils._pytree.tree_leaves(values) if type(x) is torch.Tensor and x.ndim]
+        if any(there) and plain and not name.startswith("__"):
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, mps and cpu!")
+        made = function(*args, **kwargs)
+        wrap = any(there) or to == mps
+        return torch.utils._pytree.tree_map(lambda x: x.as_subclass(Apple) if wrap and isinstance(x, torch.Tensor) else x, made)
+
+
+def on_apple(predict):
+    """The mask predictor, as one that lives on a device without float64: it takes and gives such tensors only."""
+
+    def wrapped(ids):
+        assert isinstance(ids, Apple), "the model is asked where it lives"
+        return predict(ids.to("cpu")).to("mps")
+
+    return wrapped

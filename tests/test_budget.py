@@ -19,7 +19,7 @@ from beyond.vocabulary import multiplications
 
 TEXT = "to be, or not to be: that is the question. " * 40
 TOKENIZER = h.CharTokenizer.from_text(TEXT)
-TRAIN, VAL = h.split(TOKENIZER.encode(TEXT))
+TRAIN, VAL, TEST = quality.parts(TOKENIZER.encode(TEXT))
 DATA = (TOKENIZER.vocab_size, TRAIN, VAL)
 SMOKE = h.PRESETS["smoke"]
 
@@ -65,16 +65,17 @@ def test_measure_is_that_of_part_8(in_folder):
     with_noise(model, 0.1)
     job = SMOKE.jobs(*DATA)["LLaDA"]
     row = budget.budget_measure(SMOKE, TEXT, "to be")(job, h.Run(model, pd.DataFrame(), {}, None))
-    windows = h.windows(VAL, SMOKE.seq_len)
+    windows = h.windows(TEST, SMOKE.seq_len)
     real, seeded = windows != h.PAD_ID, torch.Generator().manual_seed(0)
     nats = h.nelbo(model, windows, h.MASK_ID, n_samples=SMOKE.nelbo_samples, maskable=real, generator=seeded)
     assert row["nats/char"] == h.per_character(nats, real.sum(dim=1))[0]
     _, template = quality.prompts(windows, SMOKE.texts)
     made = quality.write(model, template, temperature=1.0, generator=torch.Generator().manual_seed(0))
-    judge = h.ngram_judge(TEXT[: len(TRAIN)])
+    judge = quality.ngram_judge(TEXT[: len(TRAIN)])
     each = [judge(TOKENIZER.decode(ids), quality.PREFIX) for ids in made.ids]
     assert row["judge nats/char"] == pytest.approx(np.mean(each)) and row["sample"].startswith("to be")
     assert len(row["sample"]) == SMOKE.seq_len and row["TFLOP"] == budget.training_flop(job) / 1e12
+    assert row["scored on"] == "test text"
 
 
 def test_measured_columns_replace_and_average(in_folder):
@@ -82,6 +83,10 @@ def test_measured_columns_replace_and_average(in_folder):
     jobs = {"a": [replace(job, train=h.TrainConfig(1, 2, evals=1, eval_windows=2, seed=seed)) for seed in (0, 1)]}
     measure = lambda trial, run: {"nats/char": float(trial.train.seed), "text": f"seed {trial.train.seed}"}  # noqa: E731
     table = run_jobs(h.Results(SMOKE, TEXT), "t", jobs, quiet=True, measure=measure)
+    assert table["scored on"].tolist() == ["validation text"] and "difference" in table
+    elsewhere = lambda trial, run: measure(trial, run) | {"scored on": "test text"}  # noqa: E731
+    other = run_jobs(h.Results(SMOKE, TEXT), "t", jobs, quiet=True, measure=elsewhere)
+    assert other["scored on"].tolist() == ["test text"] and "difference" not in other, "differences are of validation windows"
     assert table.loc[0, ["nats/char", "lowest seed", "highest seed", "text"]].tolist() == [0.5, 0.0, 1.0, "seed 0"]
     assert table["over seeds ±"][0] == pytest.approx(12.706 * math.sqrt(0.5) / math.sqrt(2), rel=1e-3)
 

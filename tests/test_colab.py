@@ -65,9 +65,21 @@ def test_what_is_there_is_kept(empty, name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_can_be_imported_is_kept(empty, name):
+    """The package installed, or the notebook started elsewhere with the project on the path: nothing is fetched."""
+    (empty / "site").mkdir()
+    for module in ("llada_helpers.py", "beyond"):
+        (empty / "site" / module).symlink_to(ROOT / module)
+    (empty / "sitecustomize.py").write_text(f"import sys\nsys.path.append({str(empty / 'site')!r})")
+    finish(run(empty, name, 1, "no-such-repository", "import llada_helpers; print(llada_helpers.__file__)"))
+    assert printed(empty / name).strip() == str(empty / "site" / "llada_helpers.py")
+    assert not (empty / "installed.txt").exists() and not (empty / "llada").exists()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_cell_is_short_and_mounts_nothing(name):
     source = sources(ROOT / name, "code")[0]
-    assert source.count("\n") + 1 <= 8 and max(map(len, source.splitlines())) <= 100 and "PLACEHOLDER" in source
+    assert source.count("\n") + 1 <= 9 and max(map(len, source.splitlines())) <= 100 and "PLACEHOLDER" in source
     assert "drive" not in source and "mount" not in source
 
 

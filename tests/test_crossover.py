@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 import llada_helpers as h
 from beyond import crossover
 from beyond.crossover import Crossover, Kind, crossover_best, crossover_jobs, crossover_measure, last_model
-from beyond.experiments import run_jobs
+from beyond.experiments import run_jobs, suite, suite_mark
+from beyond.quality import parts
 
 TEXT = "to be, or not to be: that is the question. " * 20
 TOKENIZER = h.CharTokenizer.from_text(TEXT)
-TRAIN, VAL = h.split(TOKENIZER.encode(TEXT))
+TRAIN, VAL, TEST = parts(TOKENIZER.encode(TEXT))
 LADDERS = {Kind("LLaDA"): (4,), Kind("LLaDA", 0.1, 0.1): (4, 8), Kind("AR"): (2, 4), Kind("AR", 0.5, 0.3): (4,)}
 TINY = Crossover(8, 1, 1, 8, 4, (64, 96), LADDERS, seeds=2, windows=4)
 
@@ -65,10 +67,10 @@ def test_the_full_suite_on_a_cpu_is_four_hours_of_one_core():
 
 
 def test_training_never_sees_what_is_scored():
-    other = torch.cat((VAL[: len(VAL) // 2], VAL[len(VAL) // 2 :].flip(0)))
-    assert not torch.equal(VAL, other)
-    prints = [[job.fingerprint() for trials in jobs_of(val_ids=ids).values() for job in trials] for ids in (VAL, other)]
-    assert prints[0] == prints[1]
+    cut = len(TEXT) - len(TEST)
+    other = TEXT[:cut] + TEXT[cut:][::-1]
+    ours, theirs = (suite("crossover", h.PRESETS["smoke"], text)[1].values() for text in (TEXT, other))
+    assert other != TEXT and list(map(suite_mark, ours)) == list(map(suite_mark, theirs))
 
 
 # --- both checkpoints ---
@@ -121,12 +123,12 @@ def test_last_model_refuses_what_is_missing_damaged_or_of_another_job(overfitted
         last_model(job, moved)
 
 
-# --- chosen by one half, scored on the other ---
+# --- chosen by the validation text, scored on the test text ---
 
 
 def scored_by_hand(model, job):
-    """Nats per character of all windows of the second half: there are fewer than would be scored at most."""
-    windows = h.windows(VAL[len(VAL) // 2 :], 8)
+    """Nats per character of all windows of the test text: there are fewer than would be scored at most."""
+    windows = h.windows(TEST, 8)
     real = windows != h.PAD_ID
     if job.model.causal:
         return float(h.ar_nll(model, windows, h.START_ID).sum() / real.sum())
@@ -135,7 +137,7 @@ def scored_by_hand(model, job):
 
 
 @pytest.mark.parametrize("kind", LADDERS)
-def test_measure_scores_both_checkpoints_on_the_second_half(in_folder, kind):
+def test_measure_scores_both_checkpoints_on_the_test_text(in_folder, kind):
     job = jobs_of(replace(TINY, ladders={kind: (20,)}, characters=(96,), windows=8))[f"{kind.name}, 96 characters, 20 epochs"][1]
     run = h.train("measured", job, quiet=True)
     line = crossover_measure(TEXT)(job, run)
@@ -151,9 +153,9 @@ def test_measure_tells_the_checkpoints_apart(overfitted):
     assert line["best, chosen by"] < line["end, chosen by"] and line["best, seed 0"] != line["end, seed 0"]
 
 
-def test_only_the_second_half_moves_the_scores(overfitted):
+def test_only_the_test_text_moves_the_scores(overfitted):
     job, run = overfitted
-    cut = len(TRAIN) + len(VAL) // 2
+    cut = len(TEXT) - len(TEST)
     first, second = TEXT[: len(TRAIN)] + TEXT[len(TRAIN) : cut][::-1] + TEXT[cut:], TEXT[:cut] + TEXT[cut:][::-1]
     lines = [crossover_measure(text)(job, run) for text in (TEXT, first, second)]
     assert lines[0] == lines[1]
@@ -192,7 +194,7 @@ def test_each_checkpoint_has_its_own_choice_and_no_choice_looks_at_scores():
     difference = best.loc["50 characters, best"]
     each = [b - g for b, g in zip(bad, good)]
     assert difference["LLaDA − AR"] == pytest.approx(statistics.mean(each))
-    assert difference["LLaDA − AR ±"] == pytest.approx(4.303 * statistics.stdev(each) / 3**0.5)
+    assert difference["LLaDA − AR ±"] == pytest.approx(stats.t.ppf(0.975, 2) * statistics.stdev(each) / 3**0.5)
     assert best.loc["50 characters, end", ["LLaDA − AR", "LLaDA − AR ±"]].tolist() == [0, 0], "the same scores, seed by seed"
 
 
@@ -214,7 +216,7 @@ def test_best_by_enumeration(lines, least, random):
             line = best.loc[f"{n} characters, {checkpoint}"]
             for name, values in {"LLaDA": llada, "AR": ar, "LLaDA − AR": [a - b for a, b in zip(llada, ar)]}.items():
                 assert line[name] == pytest.approx(statistics.mean(values), abs=1e-9)
-                assert line[f"{name} ±"] == pytest.approx(4.303 * statistics.stdev(values) / 3**0.5, abs=1e-9)
+                assert line[f"{name} ±"] == pytest.approx(stats.t.ppf(0.975, 2) * statistics.stdev(values) / 3**0.5, abs=1e-9)
 
 
 def test_half_a_suite_has_no_best():

@@ -1,7 +1,9 @@
 """Section 1: where the text comes from, the tokenizer, the windows."""
 
 import hashlib
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import requests
@@ -132,11 +134,11 @@ BAD_FILES = {
     "empty": (b"", "is empty"),
     "only BOM": (b"\xef\xbb\xbf", "is empty"),
     "white space": (b" \r\n\t\n", "only white space"),
-    "UTF-16 with BOM": ("\ufeffa\u00e9".encode("utf-16-le"), "not UTF-8"),
+    "UTF-16 with BOM": ("\ufeffa\u00e9".encode("utf-16-le"), "cannot be read as UTF-8"),
     "UTF-16 without BOM": ("all ASCII".encode("utf-16-le"), "NUL"),
-    "Latin-1": ("na\u00efve".encode("latin-1"), "not UTF-8"),
-    "cut inside a character": ("a\u00e9".encode()[:-1], "not UTF-8"),
-    "missing": (None, "cannot read"),
+    "Latin-1": ("na\u00efve".encode("latin-1"), "cannot be read as UTF-8"),
+    "cut inside a character": ("a\u00e9".encode()[:-1], "cannot be read as UTF-8"),
+    "missing": (None, "cannot be read"),
 }
 
 
@@ -148,12 +150,12 @@ def test_bad_file_is_an_error_that_names_it(tmp_path, monkeypatch, raw, complain
         path.write_bytes(raw)
     if way == "environment":
         monkeypatch.setenv("LLADA_DATA", str(path))
-    with pytest.raises(ValueError, match=rf"the_text\.txt.*{complaint}.*; pass |{complaint}.*the_text\.txt.*; pass "):
+    with pytest.raises(ValueError, match=rf"the_text\.txt.*{complaint}.*; pass "):
         h.load_text(path if way == "path" else None)
 
 
 def test_directory_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"directory.*; pass the path of a readable text file"):
+    with pytest.raises(ValueError, match=r"cannot be read.*directory.*; pass a text file"):
         h.load_text(tmp_path)
 
 
@@ -162,6 +164,62 @@ def test_corpus_name(web, tmp_path, monkeypatch):
     assert "offline" in h.corpus_name(h._offline_corpus())
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "moby.txt"))
     assert h.corpus_name("Call me Ishmael.") == "moby"
+    assert h.corpus_name(TEXT) == "TinyShakespeare", "whatever its file is called"
+
+
+@pytest.mark.parametrize("name", ["TinyShakespeare.txt", "tinyshakespeare", "Tiny_Shakespeare.md", "tiny-shakespeare.txt"])
+def test_the_checksum_decides_and_not_the_name(web, tmp_path, monkeypatch, name):
+    """One changed letter is another text: other label, and the tracked figures stay as they are."""
+    (tmp_path / name).write_text(TEXT.replace("First", "Third"))
+    monkeypatch.setenv("LLADA_DATA", str(tmp_path / name))
+    text = h.load_text()
+    assert h.corpus_name(text) == "own text" and not h.is_corpus(text.encode())
+    assert h.Results(h.PRESETS["cpu"], text).folder == Path("build", "cpu", "figures")
+
+
+NAMES = {"prices_$5_to_$9": None, "<b>&": None, "M\u00f6b\u03c0": None, "\u9053\u5fb7\u7d93": "own text"}
+
+
+@pytest.mark.parametrize("name, shown", NAMES.items())
+def test_names_are_literal_or_not_shown(tmp_path, monkeypatch, name, shown):
+    """A figure's font has no boxes to show for it."""
+    monkeypatch.setenv("LLADA_DATA", str(tmp_path / f"{name}.txt"))
+    assert h.corpus_name("some text") == (shown or name)
+
+
+def test_a_text_that_cannot_be_cached_is_used_all_the_same(web, monkeypatch, recwarn):
+    """The cache is a file where a folder should be: neither readable nor writable, whoever asks."""
+    h.cache_path().parent.parent.parent.mkdir(exist_ok=True)
+    h.cache_path().parent.parent.write_text("a file")
+    assert h.load_text() == TEXT == h.load_text() and len(web.calls) == 2 and not recwarn.list
+
+
+@pytest.mark.parametrize("way", ["read_bytes", "write_bytes"])
+def test_a_cache_without_permission_is_none(web, monkeypatch, way, recwarn):
+    h.write_atomically(h.cache_path(), TEXT[:9].encode())
+
+    def refused(*_):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Path, way, refused)
+    assert h.load_text() == TEXT and not recwarn.list
+
+
+def test_the_cache_of_who_has_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert h.cache_path().is_absolute()
+
+
+@pytest.mark.parametrize("preset", h.PRESETS.values(), ids=lambda p: p.name)
+def test_a_text_too_short_is_refused_with_the_length_that_is_needed(preset):
+    """The shortest text that is not refused fills a window in each of its three parts."""
+    least = 10 * preset.seq_len
+    h.require("x" * least, preset)
+    rest = h.split(torch.arange(least))[1]
+    assert all(len(part) >= preset.seq_len for part in h.split(rest, 0.5))
+    with pytest.raises(ValueError, match=rf"has {least - 1:,} characters; pass a longer one, .*{preset.name} needs {least:,}"):
+        h.require("x" * (least - 1), preset)
 
 
 # --- tokenizer ---

@@ -235,17 +235,38 @@ def test_a_prompt_has_what_the_vocabulary_knows():
 
 def test_a_text_without_speakers_is_cut_into_turns():
     text = "hi no. " * 40
-    train, val = dialogue.talks(text, text[: 4 * LAYOUT.answer_len], LAYOUT)
+    train, val, test = dialogue.talks(text, text[: 4 * LAYOUT.answer_len], text, LAYOUT)
     assert [speech for *_, speech in train[:-1]] == [before for before, *_ in train[1:]]
     assert "".join([train[0][0], *(speech for *_, speech in train)]) == text[: len(train[0][0]) * (len(train) + 1)]
-    assert len({who for _, who, _ in train}) == 4 and len(LAYOUT.rows(train)) == len(train) and val
+    assert len({who for _, who, _ in train}) == 4 and len(LAYOUT.rows(train)) == len(train) and val and test == train
 
 
 def test_three_speakers_are_no_play():
     play = "\n\n".join(f"{who}:\nhi no." for who in "ABCABC")
-    assert dialogue.talks(play, play, LAYOUT)[0][0] != ("", "A", "hi no.")
-    more = [f"{play}\n\nD:\nno" for _ in range(2)]
-    assert dialogue.talks(*more, LAYOUT) == tuple(map(dialogue.dialogue, more))
+    four = f"{play}\n\nD:\nno"
+    untested = (four, four, "hi no. " * 9), (four, four, "Z:\nhi no.")  # by no speech that fits
+    for texts in ((play, four, four), (four, play, four), *untested):
+        assert dialogue.talks(*texts, LAYOUT)[0][0] != ("", "A", "hi no.")
+    others = four.replace("A", "Z")  # may speak in the test text
+    for texts in ((four, four, four), (four, four, play), (four, four, others)):
+        assert dialogue.talks(*texts, LAYOUT) == tuple(map(dialogue.dialogue, texts))
+
+
+@pytest.mark.parametrize("speech", ["no", "no " * 9], ids=["prompts too short", "answers too long"])
+def test_a_play_without_a_usable_speech_is_cut_into_turns(speech):
+    """Whatever the speeches are like, there are rows to train on and full prompts to ask with."""
+    play = "\n\n".join(f"{who}:\n{speech}" for who in "ABCD" * 9)
+    for talk in dialogue.talks(play, play, play, LAYOUT):
+        rows = LAYOUT.rows(talk)
+        assert len(rows) == len(talk) and len(dialogue.full_prompts(rows, LAYOUT, 3)) == 3
+
+
+@pytest.mark.parametrize("preset", h.PRESETS.values(), ids=h.PRESETS)
+def test_the_shortest_text_that_is_not_refused_has_an_exchange(preset):
+    layout = dialogue.Layout(ALPHABET, preset.seq_len)
+    long = "hi no. " * preset.seq_len
+    for talk in dialogue.talks(long, long[: preset.seq_len], long[: preset.seq_len], layout)[1:]:
+        assert len(talk) == 1 and len(dialogue.full_prompts(layout.rows(talk), layout, 8)) == 1
 
 
 ROWS = LAYOUT.rows([("hi hi hi hi hi", who, speech) for who, speech in zip("ABCD", ("no.", "", "hi hi", "no no no"))])

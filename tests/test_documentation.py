@@ -210,16 +210,34 @@ def test_the_version_of_torch_is_the_one_tried():
     assert set(re.findall(r"torch==(\S+)", README)) == {tried}
 
 
-def test_requirements_are_what_is_imported_and_the_report_is_not_among_them():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    named = {Requirement(line.split("#")[0]).name for line in lines if line[0] != "#"}
-    code = [inspect.getsource(module) for module in MODULES.values()]
+WHEELS = {"PIL": "pillow", "IPython": "ipython", "pypandoc": "pypandoc_binary"}  # that are not called as they are imported
+
+
+def imported(*sources: str) -> set[str]:
+    """The packages that code imports, by the names of their wheels: neither ours nor Python's own."""
+    found = set(re.findall(r"^ *(?:import|from) (\w+)", "\n".join(sources), flags=re.M))
+    ours = {"llada_helpers", "beyond", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    return {WHEELS.get(name, name) for name in found - ours - set(sys.stdlib_module_names)}
+
+
+def test_requirements_are_what_is_imported_each_with_its_reason():
+    """What the report alone needs is not among them: its import says what to install."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    named = {Requirement(line.split("#")[0]).name for line in lines}
+    assert all(re.search(r"# \S", line) for line in lines) and len(named) == len(lines)
+    code = [inspect.getsource(module) for module in MODULES.values()] + [(ROOT / "bench.py").read_text()]
     code += [cell for name in (notebooks.MAIN, notebooks.BEYOND) for cell in notebooks.sources(ROOT / name, "code")]
-    imported = set(re.findall(r"^ *(?:import|from) (\w+)", "\n".join(code), flags=re.M))
-    imported |= {"tensorboard"} if "torch.utils.tensorboard" in code[0] else set()
-    assert named - {"jupyter"} <= imported and not named & {"pypandoc", "pypandoc_binary", "typst"}
-    brought = {"llada_helpers", "beyond", "PIL", "pypandoc", "typst", "IPython"}  # ours, the report's, matplotlib's, jupyter's
-    assert imported - set(sys.stdlib_module_names) <= named | brought
+    by_name = {"tensorboard", "jupyter"}  # behind torch.utils, and for who reads a notebook
+    assert named - by_name == imported(*code) - {"pypandoc_binary", "typst"}
+
+
+def test_what_the_tests_import_is_in_their_commands():
+    """Those in README, which continuous integration runs; what comes with a requirement aside."""
+    brought = {"fontTools", "nbconvert", "nbformat", "packaging"}  # by matplotlib, jupyter, accelerate
+    known = re.split(r"[\s=]+", " ".join(re.findall(r"^pip install .*$", README, flags=re.M)))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    known += [Requirement(line.split("#")[0]).name for line in lines if line[0] != "#"]
+    assert imported(*(path.read_text() for path in (ROOT / "tests").glob("*.py"))) - brought <= set(known)
 
 
 def test_installed_are_the_helper_and_the_rooms():

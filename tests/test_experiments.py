@@ -1,6 +1,8 @@
 """Losses to compare with, suites of trainings and their tables, where to draw t, the command line."""
 
+import copy
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -18,10 +20,10 @@ from oracle import MASK, PAD, ExactPredictor, WrongPredictor, enumerated_nelbo, 
 from torch import nn
 
 import llada_helpers as h
-from beyond import ablations, blocks, crossover, experiments, losses, recipe, schedule, vocabulary
+from beyond import ablations, blocks, crossover, experiments, losses, schedule, vocabulary
 from beyond.experiments import experiment, main, run_jobs, suite
+from beyond.quality import parts
 from beyond.schedule import POWERS, gradient_moment, implied_power
-from beyond.seeds import over_seeds
 
 POLYNOMIALS = {f.__name__: (f, power) for power in (0.5, *POWERS) for f in [losses.polynomial(power)]}
 UNIFORM = (losses.uniform_times, losses.independent_times, losses.one_time_per_batch, losses.complementary_masks)
@@ -264,13 +266,6 @@ def test_rows_of_a_table():
     )
 
 
-@pytest.mark.parametrize("count, quantile", [(2, 12.706), (3, 4.303), (8, 2.365), (20, 2.365)])
-def test_interval_over_seeds(count, quantile):
-    values = [0.1 * i**2 for i in range(count)]
-    assert over_seeds(values) == pytest.approx(quantile * float(torch.tensor(values).std()) / count**0.5, rel=1e-5)
-    assert math.isnan(over_seeds(values[:1]))
-
-
 def test_one_seed_has_no_interval_over_seeds():
     table = run_jobs(RESULTS, "t", {"a": [job_of()]})
     assert table["over seeds ±"].isna().all() and table["95% ±"].notna().all()
@@ -349,6 +344,20 @@ def test_another_runs_committed_table_stays(lay, full_tables):
     assert Path("figures/tables/t.csv").read_bytes() == full_tables["t"]
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_table_of_earlier_code_says_on_the_page_what_made_it(lay, full_tables, monkeypatch, capsys, scored):
+    """On the named run hours of training tell more than minutes; older tables do not say on what text they were scored."""
+    results = copy.copy(RESULTS)
+    results.tables = experiments.COMMITTED
+    table = pd.read_csv(io.BytesIO(full_tables["t"]), dtype=str).assign(commit=["none", "abc1234"])
+    lay(experiments.COMMITTED, t=table.drop(columns=[] if scored else "scored on").to_csv(index=False).encode())
+    monkeypatch.setattr(h, "train", None)
+    later = {row: [job_of(steps=7)] for row in FULL}
+    assert experiment(results, "t", later, SHORT)[0]["commit"].tolist() == ["none", "abc1234"]
+    text = "validation text" if scored else "text of the last 20%, later validation and test"
+    assert f"made at commit abc1234, unknown by earlier code and scored on {text};" in capsys.readouterr().out
+
+
 def test_fingerprints_of_digits_alone_are_not_read_as_numbers(lay, full_tables, monkeypatch):
     """012345678901 and 12345e678901 are hexadecimal digits too."""
     jobs = {row: trials[:1] for row, trials in FULL.items()}
@@ -416,8 +425,6 @@ def test_jobs_of_every_preset(preset):
         suites["crossover"] = crossover.crossover_jobs(sizes, 69, ids, ids)
         assert len(suites["crossover"]) == len(sizes.characters) * sum(map(len, sizes.ladders.values()))
         assert all(f"{trials[0].train_ids.numel():,} characters" in row for row, trials in suites["crossover"].items())
-        suites["recipe"] = recipe.recipe_jobs(preset, recipe.SIZES[preset.name][form], 69, ids, ids)
-        assert suites["recipe"]["MDLM tutorial's recipe"][0].architecture is recipe.PostNormEncoder
         every = [job for rows in suites.values() for trials in rows.values() for job in trials]
         assert all(min(j.train.steps, j.train.batch_size, j.train.evals) >= 1 for j in [*every, *jobs[0].values()])
 
@@ -518,7 +525,6 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(blocks.SIZES, "smoke", (("smoke", config), ("smoke", config)))
     monkeypatch.setitem(experiments.SUITES["schedule_full"].sizes, "smoke", (config, config))
     monkeypatch.setitem(crossover.SIZES, "smoke", (sizes, sizes))
-    monkeypatch.setitem(recipe.SIZES, "smoke", (1, 1))
 
 
 @pytest.mark.parametrize("model", ["llada", "ar"])
@@ -530,7 +536,7 @@ def test_train_from_the_command_line(tiny, capsys, model):
     assert said == {"run": str(run), **{key: record[key] for key in ("best", "steps", "tokens", "seconds")}}
     assert record["complete"] and record["causal"] is (model == "ar")
     text = h.load_text()
-    ids = h.split(h.CharTokenizer.from_text(text).encode(text))
+    ids = parts(h.CharTokenizer.from_text(text).encode(text))[:2]
     job = h.PRESETS["smoke"].jobs(h.CharTokenizer.from_text(text).vocab_size, *ids)[{"llada": "LLaDA", "ar": "AR"}[model]]
     assert run.name == f"smoke-{model}-{job.fingerprint()}", "the notebook finds it"
     main(["train", "--preset", "smoke", "--model", model])
@@ -543,7 +549,6 @@ def test_train_from_the_command_line(tiny, capsys, model):
         ("ablations", "^ours", ablations.OURS),
         ("ablate", "AdamW", "AdamW only"),
         ("crossover", "^AR.*50", "AR, dropout 0.2, weight decay 0.1, 50 characters, 1 epochs"),
-        ("recipe", "ours", "ours"),
         ("schedule", "u.1$", "t = u^1"),
         ("schedule_full", str(h.POWER), f"t = u^{h.POWER}"),
         ("tuning", "^32 windows", "32 windows"),

@@ -18,7 +18,7 @@ from beyond.experiments import main, suite
 
 TEXT = "to be, or not to be: that is the question. " * 40
 TOKENIZER = h.CharTokenizer.from_text(TEXT)
-TRAIN, VAL = h.split(TOKENIZER.encode(TEXT))
+TRAIN, VAL, _ = quality.parts(TOKENIZER.encode(TEXT))
 SMOKE = h.PRESETS["smoke"]
 SHAPE = h.ModelConfig(TOKENIZER.vocab_size, 64, n_layer=2, n_head=2, n_embd=16)
 KINDS = ("AR", 1, 2, 4, 8, 32, 64, "LLaDA")
@@ -99,7 +99,7 @@ def test_ar_refuses_masks_that_are_not_one_run(places):
 
 @pytest.mark.parametrize("kind", ["AR", "LLaDA"])
 def test_ar_and_llada_are_scored_as_in_the_other_studies(kind):
-    ours, theirs = (f(model_of(kind), VAL, 3) for f in (knob.validation_nats, budget.validation_nats))
+    ours, theirs = (f(model_of(kind), VAL, 3) for f in (knob.window_nats, budget.window_nats))
     assert all(map(torch.equal, ours, theirs))
 
 
@@ -108,7 +108,7 @@ def test_ar_and_llada_are_scored_as_in_the_other_studies(kind):
 def test_each_window_has_at_least_as_many_blocks_masked_as_llada_has_windows(kind, samples):
     model, seen = model_of(kind), []
     model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    nats, counts = knob.validation_nats(model, VAL, samples)
+    nats, counts = knob.window_nats(model, VAL, samples)
     windows = h.windows(VAL, 64)
     n_samples, rest = divmod(sum(seen), len(windows))
     assert rest == 0 and n_samples * (64 // kind) >= samples > (n_samples - 1) * (64 // kind)
@@ -120,8 +120,8 @@ def test_each_window_has_at_least_as_many_blocks_masked_as_llada_has_windows(kin
 def test_blocks_of_one_are_exact_whatever_the_samples():
     """The chain of conditionals, one at a time; padding costs nothing."""
     model, windows = model_of(1), h.windows(VAL, 64)
-    nats, counts = knob.validation_nats(model, VAL, 1)
-    assert torch.equal(nats, knob.validation_nats(model, VAL, 64)[0]) and counts[-1] < 64
+    nats, counts = knob.window_nats(model, VAL, 1)
+    assert torch.equal(nats, knob.window_nats(model, VAL, 64)[0]) and counts[-1] < 64
     with torch.no_grad():
         for row in (0, len(windows) - 1):
             chain = 0.0
@@ -199,9 +199,9 @@ def test_measure_is_of_these_texts_and_blanks(kind):
     row = knob.knob_measure(SMOKE, TEXT)(None, run)
     windows, length = h.windows(VAL, run.model.config.seq_len), knob.block_length_of(run.model)
     assert row["block length"] == length
-    assert (row["nats/char"], row["95% ±"]) == h.per_character(*knob.validation_nats(run.model, VAL, SMOKE.nelbo_samples))
+    assert (row["nats/char"], row["95% ±"]) == h.per_character(*knob.window_nats(run.model, VAL, SMOKE.nelbo_samples))
     assert (row["infilled"], row["infilled ±"]) == h.share(knob.infilled(run.model, *knob.blanks(windows, SMOKE.blanks)))
-    judge, words = h.ngram_judge(TEXT[: len(TRAIN)]), {w.lower() for w in h.WORD.findall(TEXT[: len(TRAIN)])}
+    judge, words = quality.ngram_judge(TEXT[: len(TRAIN)]), {w.lower() for w in h.WORD.findall(TEXT[: len(TRAIN)])}
     for name, count in knob.passes(length).items():
         made = knob.fill(run.model, quality.prompts(windows, SMOKE.texts)[1], count, 1.0, seeded(0))
         texts = [TOKENIZER.decode(ids) for ids in made.ids]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ CLOCK_COLUMNS = re.compile(r"second|tokens/s|commit")
 NOTEBOOKS = [MAIN, BEYOND]
 ASKED = {"models", "loss_check", "training", "perplexity", "gap", "speed", "samples", "quality", "failure", "infilling"}
 ASKED |= {"same_prompt", "runs"}
+SUITES = ["ablations", "blocks", "budget", "crossover", "schedule", "tuning", "tuning_ar", "tuning_weights", "vocabulary"]
 
 
 def assert_clean(path):
@@ -64,12 +66,21 @@ def test_links_are_good(name):
 
 
 @pytest.mark.skipif(not CORPUS, reason="needs TinyShakespeare, in shared/ or $LLADA_DATA")
-@pytest.mark.parametrize("name", ["ablations", "blocks", "budget", "crossover", "schedule", "schedule_full", "tuning_weights"])
-def test_committed_suites_were_made_by_the_code_as_it_is(name):
+@pytest.mark.parametrize("name", SUITES)
+def test_committed_suites_are_of_the_code_as_it_is_or_the_page_says_what_made_them(name):
     """Read by the notebooks from figures/tables/; `python -m beyond.experiments NAME` remakes it."""
     table = pd.read_csv(ROOT / "figures" / "tables" / f"{name}.csv", dtype=str)
     full, _, _ = suite(name, h.PRESETS["cpu"], h.load_text(CORPUS))
-    assert dict(zip(table["row"], table["fingerprint"])) == {row: suite_mark(trials) for row, trials in full.items()}
+    if dict(zip(table["row"], table["fingerprint"])) == {row: suite_mark(trials) for row, trials in full.items()}:
+        return
+    asks = lambda source: re.search(r"\b(committed|suite)\(", source) and f'"{name}"' in source  # noqa: E731
+    reading = [notebook for notebook in NOTEBOOKS if any(map(asks, sources(ROOT / notebook, "code")))]
+    assert reading, "a table that no page shows"
+    for notebook in reading:
+        said = re.search(rf"{name}\.csv\b.* made at commit (.+) by earlier code and scored on (.+)", printed(ROOT / notebook))
+        assert said, f"{notebook} does not say what made it"
+        assert set(said[1].split(", ")) == set(table["commit"].replace("none", "unknown"))
+        assert said[2].startswith("text of the last 20%" if "scored on" not in table else table["scored on"][0])
 
 
 def without_clocks(path) -> str:
@@ -106,7 +117,10 @@ def test_smoke_gives_the_same_numbers_twice(twice):
 
 
 def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
-    """The main notebook in an empty folder without any network, beside both on a text of one's own."""
+    """The main notebook in an empty folder without any network, beside both on a text of one's own.
+
+    That is about as short as may be, in no alphabet that a font has at once, and takes itself and its name for markup.
+    """
     repository, bare, own = (tmp_path / name for name in ("repository", "bare", "own"))
     for directory in (repository, bare, own):
         directory.mkdir()
@@ -116,10 +130,16 @@ def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
     (bare / "pip").mkdir()
     for module in ("__init__", "__main__"):  # a pip that does nothing: all is installed, and there is no network
         (bare / "pip" / f"{module}.py").write_text("")
-    (own / "own_words.txt").write_text("Die Würde des Menschen ist unantastbar.\r\n" * 60, encoding="utf-8")
+    line = "Die <b>W\u00fcrde</b> kostet $73 oder $6_2 & 0.1%\t\u5929\u4e0b `x` *\U0001f44d* [___]\r\n"
+    name = "own_$5_to_$_^{9.txt"
+    (own / name).write_text((line * 20)[:700], encoding="utf-8")
     alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=str(bare), **OFFLINE)
-    finish(start(own, MAIN, LLADA_DATA="own_words.txt"), alone)
+    finish(start(own, MAIN, LLADA_DATA=name), alone)
     assert "TINYSHAKESPEARE COULD NOT BE DOWNLOADED" in json.dumps(outputs(bare / MAIN))
-    assert "offline corpus" in printed(bare / MAIN) and "own_words" in printed(own / MAIN)
-    finish(start(own, BEYOND, LLADA_DATA="own_words.txt"))
+    assert "offline corpus" in printed(bare / MAIN) and Path(name).stem in printed(own / MAIN)
+    finish(start(own, BEYOND, LLADA_DATA=name))
+    for notebook in (MAIN, BEYOND):
+        assert_clean(own / notebook)
+        tables = re.findall("<table[^>]*>", json.dumps(outputs(own / notebook)))
+        assert tables and all("tex2jax_ignore" in table and "mathjax_ignore" in table for table in tables)
     assert {line[3:] for line in git(own, "status", "--porcelain", "-uno").splitlines()} == set(NOTEBOOKS)

@@ -1,8 +1,14 @@
 """beyond/quality.py: one measure for all decoders."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from notebooks import ROOT, sources
 from oracle import noisy_pair
 
 import llada_helpers as H
@@ -24,6 +30,25 @@ def models(tokenizer):
 @pytest.fixture(scope="module")
 def windows(tokenizer):
     return H.windows(tokenizer.encode(TEXT), 32)
+
+
+@given(st.integers(12, 5_000))
+def test_three_parts_are_the_whole_text_in_order(count):
+    train, validation, test = quality.parts(torch.arange(count))
+    assert torch.equal(torch.cat((train, validation, test)), torch.arange(count))
+    assert len(train) == int(0.8 * count) and 0 <= len(test) - len(validation) <= 1
+
+
+@pytest.mark.parametrize("name", ["EG_TakeHome_LLaDA.ipynb", "Beyond_the_Assignment.ipynb"])
+def test_both_notebooks_cut_the_text_at_the_same_places(name):
+    """The first one has no code of ours but the helper's, and so cuts by itself."""
+    code = "\n".join(sources(ROOT / name, "code"))
+    lines = re.findall(r"^\w+_ids, .* = .*(?:split|parts)\(.*$", code, re.M)
+    ids, keep = torch.arange(997), SimpleNamespace(encode=lambda text: text)
+    scope = {"H": H, "quality": quality, "ids": ids, "text": ids, "tokenizer": keep}
+    exec("\n".join(lines), scope)
+    for part, known in zip(("train_ids", "val_ids", "test_ids"), quality.parts(ids)):
+        assert torch.equal(scope[part], known)
 
 
 def test_prompts_keep_the_first_characters(windows):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import llada_helpers as h
 from beyond import report
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ def test_committed_pdf_is_of_the_committed_text():
     ],
 )
 def test_a_number_without_an_interval(value, shown):
-    assert report.number(value) == shown
+    assert h.number(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -131,13 +132,13 @@ def test_a_number_without_an_interval(value, shown):
     ],
 )
 def test_a_number_with_an_interval(value, half, shown):
-    assert report.number(value, half) == shown
+    assert h.number(value, half) == shown
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-4, 1e5))
 def test_an_interval_is_never_misstated(value, half):
     """What is read back differs from the truth by less than the interval that is shown, which has the right size."""
-    shown, width = (float(x.replace(",", "").replace("−", "-")) for x in report.number(value, half).split(" ± "))
+    shown, width = (float(x.replace(",", "").replace("−", "-")) for x in h.number(value, half).split(" ± "))
     assert 0.49 * half <= width <= 1.51 * half and abs(shown - value) <= 0.51 * width + 1e-9
     assert len(f"{width:g}".replace(".", "").lstrip("0").rstrip("0")) <= 2
 
@@ -145,9 +146,9 @@ def test_an_interval_is_never_misstated(value, half):
 @given(st.floats(1e-4, 1e9))
 def test_a_number_keeps_its_size(value):
     assume(value != int(value))
-    shown = report.number(value)
+    shown = h.number(value)
     assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.051)
-    assert math.isclose(float(report.number(-value).replace(",", "").replace("−", "-")), -float(shown.replace(",", "")))
+    assert math.isclose(float(h.number(-value).replace(",", "").replace("−", "-")), -float(shown.replace(",", "")))
 
 
 MARKUP = ["a|b", "*a*", "_a_ `b` $c$", "<b>", "[a](b)", "a\\n", "#1", "~~a~~", "&amp;", "a<br>b", "AR, 4 steps"]
@@ -157,14 +158,15 @@ MARKUP = ["a|b", "*a*", "_a_ `b` $c$", "<b>", "[a](b)", "a\\n", "#1", "~~a~~", "
 def test_words_are_no_markup(text):
     """Whatever a table says stands in the text as it is: in Pandoc's reading, which is GitHub's dialect."""
     pypandoc = pytest.importorskip("pypandoc")
-    table = f"| x | y |\n| --- | --- |\n| {report.cell(text)} | end |\n"
+    table = f"| x | y |\n| --- | --- |\n| {report.escaped(text)} | end |\n"
     read = pypandoc.convert_text(table, "plain", "gfm", extra_args=["--wrap=none"])
     assert re.split(r"\s{2,}", read.strip().splitlines()[-1].strip()) == [text, "end"]
 
 
-@pytest.mark.parametrize("text", ["", "nan", "inf", "1 ± 2", "12 steps", "1,000"])
-def test_what_is_no_number_is_left_as_it_is(text):
-    assert report.cell(text) == text
+@pytest.mark.parametrize("text", ["nan", "None", "1 ± 2", "12 steps", "1,000", "10.50"])
+def test_words_are_left_as_they_are(tmp_path, text):
+    pd.DataFrame({"row": [text, "b"], "x": [text, "word"]}).to_csv(tmp_path / "t.csv", index=False)
+    assert report.read_table(tmp_path / "t.csv").to_numpy().tolist() == [[text, text], ["b", "word"]]
 
 
 # --- markers ---
@@ -220,6 +222,20 @@ def test_a_row_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("row,x\na,1\na,2\n")
     with pytest.raises(ValueError, match=r"2 rows 'a'"):
         report.fill_report("<!-- t ; a ; x -->1<!-- end -->", tmp_path)
+
+
+@pytest.mark.parametrize("there", [[], ["README.md"], ["README.md", "analysis.md"]])
+def test_elsewhere_the_command_says_where_to_run_it(tmp_path, monkeypatch, capsys, there):
+    """Nothing is written, and no traceback either."""
+    monkeypatch.chdir(tmp_path)
+    for name in there:
+        Path(name).write_text("text")
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
+    said = capsys.readouterr().err
+    assert f"{report.TABLES}: not here" in said and str(tmp_path) in said and "run it in the project's folder" in said
+    assert all((name in said) != (name in there) for name in TEXTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == there
 
 
 # --- the report as PDF ---

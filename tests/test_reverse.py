@@ -10,9 +10,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FIRST, MASK, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, fill, masks, seeded, templates
+from oracle import (
+    FIRST,
+    MASK,
+    START,
+    ChiSquare,
+    ExactAR,
+    ExactPredictor,
+    WithoutFloat64,
+    WrongPredictor,
+    fill,
+    masks,
+    on_apple,
+    seeded,
+    templates,
+)
 
 import llada_helpers as h
+from beyond.likelihood import any_order_nll, choose, low_noise_nelbo
 
 EXACT = ExactPredictor(length=3, symbols=3)
 TRUTH = EXACT.logp.exp()
@@ -741,3 +756,156 @@ def test_signature_keeps_the_contract():
     contract |= {"forbidden": (), "generator": None}
     assert contract.items() <= defaults.items()
     assert list(parameters)[:4] == ["model", "template", "mask_id", "steps"]
+
+
+# --- what no model, prompt or device should do silently ---
+
+NOT_FINITE = {"NaN": math.nan, "infinity": math.inf}
+
+
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize("token", [MASK, 5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(value, token, temperature):
+    """Also where the token is one that is never produced: its value spoils the probabilities of all others."""
+
+    def predict(ids):
+        logits = torch.zeros(*ids.shape, VOCABULARY)
+        logits[-1, -1, token] = value
+        return logits
+
+    for remasking in h.REMASKING:
+        with pytest.raises(ValueError, match="not finite"):
+            fill(predict, masks(3), remasking=remasking, steps=1, temperature=temperature)
+    with pytest.raises(ValueError, match="not finite"):
+        h.generate_ar(predict, torch.full((3, 2), 5), 4, start_id=START, temperature=temperature)
+    with pytest.raises(ValueError, match="not finite"):
+        h.infill(predict, h.CharTokenizer.from_text("abcdef"), ["a[_]"], steps=1, temperature=temperature)
+
+
+@pytest.mark.parametrize("options", [{"temperature": math.inf}, {"temperature": math.nan}, {"top_p": math.inf}], ids=str)
+def test_arguments_that_are_not_finite_are_refused(options):
+    with pytest.raises(ValueError, match="pass a temperature"):
+        fill(WrongPredictor(VOCABULARY), masks(2), **options)
+    with pytest.raises(ValueError, match="pass a temperature"):
+        h.generate_ar(WrongPredictor(VOCABULARY), torch.full((1, 2), 5), 2, start_id=START, **options)
+
+
+def test_prompts_padded_to_one_length_are_refused():
+    """After the padding another text would be continued, as no column knows where its own prompt ended."""
+    prompts = torch.tensor([[5, 6, 7], [5, h.PAD_ID, h.PAD_ID]])
+    for model in (small_model(causal=True), WrongPredictor(VOCABULARY)):
+        with pytest.raises(ValueError, match=r"without \[PAD"):
+            h.generate_ar(model, prompts, 2, start_id=START)
+
+
+OUTSIDE = {
+    "reverse_process": lambda m, ids, x: h.reverse_process(m, ids, mask_id=x, steps=1),
+    "forbidden": lambda m, ids, x: fill(m, ids, forbidden=(x,)),
+    "nelbo": lambda m, ids, x: h.nelbo(m, ids, x, n_samples=1),
+    "masked_nll": lambda m, ids, x: h.masked_nll(m, ids, ids > 5, x),
+    "ar_nll": lambda m, ids, x: h.ar_nll(m, ids, x),
+    "generate_ar": lambda m, ids, x: h.generate_ar(m, ids + 4, 2, start_id=x),
+    "low_noise_nelbo": lambda m, ids, x: low_noise_nelbo(m, ids, x, n_samples=1),
+    "any_order_nll": lambda m, ids, x: any_order_nll(m, ids, x, n_orders=1),
+}
+
+
+@pytest.mark.parametrize("call", OUTSIDE.values(), ids=OUTSIDE)
+@pytest.mark.parametrize("special", [VOCABULARY, VOCABULARY + 5, -1])
+def test_ids_outside_the_vocabulary_are_refused(call, special):
+    ids = torch.tensor([[1, 5, 1]])
+    with pytest.raises(ValueError, match="vocab_size"):
+        call(small_model(causal=True), ids, special)
+    with pytest.raises(ValueError, match="vocab_size"):
+        call(small_model(), ids.clone().fill_(VOCABULARY), MASK)
+
+
+def test_a_mask_that_a_callable_has_no_logit_for_is_refused():
+    template = torch.full((1, 3), VOCABULARY)
+    with pytest.raises(ValueError, match="vocab_size"):
+        h.reverse_process(lambda ids: torch.zeros(*ids.shape, VOCABULARY), template, mask_id=VOCABULARY, steps=1)
+
+
+INTEGERS = {**OUTSIDE, "forward_process": lambda m, ids, x: h.forward_process(ids, 0.5, x)}
+INTEGERS |= {"llada_loss": lambda m, ids, x: h.llada_loss(m, ids, x), "loss": lambda m, ids, x: h.next_token_loss(m, ids, x)}
+INTEGERS["diffusion_batch"] = lambda m, ids, x: h.diffusion_batch(ids, mask_id=x)
+
+
+@pytest.mark.parametrize("call", INTEGERS.values(), ids=INTEGERS)
+@pytest.mark.parametrize("kind", [torch.int32, torch.float32, torch.uint8])
+def test_other_integers_are_refused_by_name(call, kind):
+    with pytest.raises(ValueError, match="LongTensor"):
+        call(small_model(), torch.tensor([[1, 5, 1]]).to(kind), MASK)
+
+
+@pytest.mark.parametrize("remasking", h.REMASKING)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_device_without_float64_gives_the_same_tokens(remasking, temperature):
+    """Apple's GPUs: the model is asked there, the arithmetic in float64 is done on the CPU."""
+    predict, template = WrongPredictor(VOCABULARY, seed=1), masks(4, 6)
+    options = {"remasking": remasking, "temperature": temperature, "steps": 3, "top_p": 0.9}
+    made = fill(predict, template, generator=seeded(1), **options)
+    with WithoutFloat64():
+        there = fill(on_apple(predict), template.to("mps"), generator=seeded(1), **options)
+        assert torch.equal(made.ids, there.ids.cpu()) and torch.equal(made.order, there.order.cpu())
+
+
+def test_a_device_without_float64_gives_the_same_likelihoods():
+    rows, predict = torch.tensor([[4, 5, 6], [6, 4, 4]]), WrongPredictor(VOCABULARY)
+    ids, options = [torch.tensor(x) for x in ([4, 5], [6], [7])], {"n_samples": 4}
+    with WithoutFloat64():
+        for bound in (h.nelbo, low_noise_nelbo):
+            here = bound(predict, rows, MASK, generator=seeded(1), **options)
+            there = bound(on_apple(predict), rows.to("mps"), MASK, generator=seeded(1), **options)
+            assert torch.equal(here, there.cpu())
+        here = choose(predict, ids[0], ids[1:], MASK, generator=seeded(1), **options)
+        prompt, *answers = (x.to("mps") for x in ids)
+        assert here == choose(on_apple(predict), prompt, answers, MASK, generator=seeded(1), **options)
+
+
+def test_ar_on_a_device_without_float64():
+    prompt, options = torch.tensor([[5, 6]]), {"start_id": START}
+    here = h.generate_ar(WrongPredictor(VOCABULARY), prompt, 4, generator=seeded(1), **options)
+    with WithoutFloat64():
+        there = h.generate_ar(on_apple(WrongPredictor(VOCABULARY)), prompt.to("mps"), 4, generator=seeded(1), **options)
+        assert torch.equal(here.ids, there.ids.cpu())
+
+
+# --- blocks are a strategy around a strategy ---
+
+
+@pytest.mark.parametrize("remasking", [*h.REMASKING, left_to_right, hasty, slow])
+@pytest.mark.parametrize("rows", ["even", "ragged"])
+def test_block_length_is_short_for_blockwise(remasking, rows):
+    template = masks(3, 8)
+    if rows == "ragged":
+        template[1, 2:6], template[2, :2] = 5, 6
+    made = []
+    for explicit in (True, False):
+        generator = seeded(3)
+        strategy = h.named_strategy(remasking, generator)
+        blocks = {"remasking": h.blockwise(strategy, 2)} if explicit else {"remasking": remasking, "block_length": 2}
+        made.append(fill(WrongPredictor(VOCABULARY), template, steps=8, temperature=1.0, generator=generator, **blocks))
+    assert torch.equal(made[0].ids, made[1].ids) and torch.equal(made[0].order, made[1].order)
+
+
+def test_blockwise_by_itself_shows_its_strategy_the_first_block_that_is_left():
+    masked = torch.tensor([[True, False, True, True, True], [False, True, True, False, False], [False] * 5])
+    seen = []
+
+    def watched(tokens, probs, masked, count):
+        seen.append((masked.tolist(), count.tolist()))
+        return masked
+
+    stay = h.blockwise(watched, 3)(masked.long(), torch.zeros(3, 5, 4), masked, torch.tensor([4, 1, 0]))
+    opened = [[True, False, False, False, False], [False, True, True, False, False], [False] * 5]
+    assert seen == [(opened, [1, 1, 0])] and stay.tolist() == opened
+
+
+@pytest.mark.parametrize("length, steps, word", [(4, 6, "block_length"), (0, 6, "block_length"), (2, 4, "steps")])
+def test_blockwise_refuses_what_does_not_divide(length, steps, word):
+    predict = WrongPredictor(VOCABULARY)
+    with pytest.raises(ValueError, match=f"^{word}.*pass"):
+        fill(predict, masks(2, 6), steps=steps, remasking=h.blockwise(h.entropy, length))
+    assert predict.calls == 0

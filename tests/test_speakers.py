@@ -9,7 +9,7 @@ import torch
 from oracle import MASK, START
 
 import llada_helpers as h
-from beyond import dialogue, speakers
+from beyond import dialogue, quality, speakers
 
 NAMES = ["A", "B", "C", "D"]
 ALPHABET = h.CharTokenizer.from_text("ABCD:\n hinot.")
@@ -100,6 +100,15 @@ def test_table_of_speakers():
             assert line["each"] == "A 1.00, B 1.00, C 1.00, D 1.00"
 
 
+def test_a_quiz_without_two_speakers_says_so(capsys):
+    """The shortest texts have one exchange to validate on."""
+    talk = [("hi hi", who, "hi") for who in "ABCD"]
+    sizes = dialogue.Sizes(None, 1, speeches=1, name_samples=2, guided=1)
+    table = speakers.speakers_table({"LLaDA": knows_who, "AR": knows_who}, LAYOUT, talk, talk[:1], sizes)
+    assert capsys.readouterr().out.startswith("held out: left out, the text is too short")
+    assert table["row"].str.endswith(("chance", "seen")).all() and len(table) == 5
+
+
 def test_addressed_in_turns_after_speeches_that_fill_the_prompt():
     talk = [("hi " * 9, "A", ""), ("hi", "B", ""), ("no " * 9, "C", "")]
     asked = speakers.addressed(NAMES, talk, "", LAYOUT, count=6)
@@ -131,7 +140,7 @@ def test_referee_prefers_the_right_name():
 
 def test_table_of_guidance():
     asked, real = [(i % 4, "hi hi hi hi") for i in range(h.GROUPS)], speakers.questions(NAMES, TALK, 1)
-    judge = h.ngram_judge("hi no to t. " * 20)
+    judge = quality.ngram_judge("hi no to t. " * 20)
     table = speakers.guidance_table(MODELS, LAYOUT, asked, NAMES, judge, real, strengths=(0.0, 2.0))
     assert table["row"].tolist() == ["w = 0.0", "w = 2.0", "real speeches"] and math.isnan(table["w"].iloc[-1])
     assert table["log odds, nats"].iloc[-1] > 0 and (table["log odds, nats ±"] >= 0).all()

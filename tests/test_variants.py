@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle import PostNormEncoder
 from test_training import interrupt_in
 
 import llada_helpers as h
-from beyond.recipe import PostNormEncoder
 from beyond.variants import Averaged, LearnedPositions, TimeConditioned
 
 CONFIG = h.ModelConfig(vocab_size=11, seq_len=12, n_layer=2, n_head=2, n_embd=16)

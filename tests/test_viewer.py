@@ -172,7 +172,6 @@ def test_no_text_becomes_markup(text):
     for frame in h.frames(made, tokenizer):
         assert set(re.findall("<(/?[a-z]+)", frame)) <= {"div", "/div", "pre", "/pre", "u", "/u", "i", "/i", "s", "/s"}
     assert plain(frame) == text
-    h.filmstrip(made, tokenizer, frames=2).canvas.draw()
 
 
 def test_special_tokens_are_shown_as_dots():
@@ -259,48 +258,21 @@ def test_four_generations_are_stored_sparingly():
 # --- the film strip ---
 
 
-def strips(figure) -> tuple[list[str], list[str], int, int]:
-    """Labels, glyphs, grey blocks and marked characters of a film strip."""
-    figure.canvas.draw()
-    (axes,) = figure.axes
-    texts = [text.get_text() for text in axes.texts]
-    labels = [text for text in texts if re.fullmatch(r"(step|pass) \d+", text)]
-    faces = ["#{:02X}{:02X}{:02X}".format(*(round(255 * x) for x in patch.get_facecolor()[:3])) for patch in axes.patches]
-    glyphs = [text for text in texts if text not in labels]
-    return labels, glyphs, faces.count(h.MASK_FACE), faces.count(h.NEW_FACE)
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 23, 99])
+def test_the_strip_begins_with_the_template_and_ends_with_the_text(count):
+    """As many frames as are asked for, or all there are, whole and in their order; the style comes with them."""
+    film = h.frames(written_by_hand(), TOKENIZER)
+    page = h.filmstrip(film, count).data
+    shown = re.findall(r'<div class="llada">.*?</div>', page, flags=re.S)
+    assert len(shown) == min(count, 23) and set(shown) <= set(film) and shown == sorted(shown, key=film.index)
+    assert shown[0] == film[0] and (count == 1 or shown[-1] == film[-1])
+    assert page.startswith(h.FRAME_STYLE)
 
 
-@pytest.mark.parametrize("options", [{}, {"revisions": 2}, {"rows": 2}, {"remasking": d.threshold(0.3), "steps": 1}])
-@pytest.mark.parametrize("width", [64, 7])
-def test_filmstrip_shows_masked_and_new_characters(options, width):
-    """As many strips as frames are asked for, all characters in each of them."""
-    made = generation(**options)
-    shown = h.pages(made, TOKENIZER)
-    labels, glyphs, grey, marked = strips(h.filmstrip(made, TOKENIZER, frames=made.nfe + 1, width=width))
-    assert len(labels) == len(set(labels)) == made.nfe + 1 and len(glyphs) == 24 * len(labels)
-    assert grey == sum(states(page).count(MASKED) for page in shown)
-    assert marked == sum(states(page).count(NEW) for page in shown)
-
-
-def test_filmstrip_begins_with_the_template_and_ends_with_the_text():
-    made = written_by_hand("to <be> & ")
-    labels, glyphs, grey, marked = strips(h.filmstrip(made, TOKENIZER, frames=3))
-    assert len(labels) == 3 and labels[0].endswith(" 0") and labels[-1].endswith(" 8")
-    assert (
-        glyphs[:10] == ["t", "o", *[""] * 8]
-        and glyphs[10:20] == ["t", "o", *[""] * 4, *"> & "]
-        and "".join(glyphs[20:]) == "to <be> & "
-    )
-    assert (grey, marked) == (8 + 4, 2), "before, in the middle, and after"
-
-
-def test_filmstrip_takes_the_mathematics_out_of_dollars():
-    tokenizer = h.CharTokenizer.from_text("$x")
-    ids = tokenizer.encode("$x$x$")[None]
-    figure = h.filmstrip(h.Generation(ids, torch.arange(5)[None], 5), tokenizer, frames=6)
-    assert r"\$" in strips(figure)[1]
-
-
-def test_filmstrip_of_more_frames_than_passes():
-    made = generation(steps=2)
-    assert len(strips(h.filmstrip(made, TOKENIZER, frames=8))[0]) == 3
+@pytest.mark.parametrize("text", ["$x$ <b>", "\u5929\u4e0b\u7686\u77e5", "\U0001f600\t\u2028"])
+def test_the_strip_is_text_whatever_the_text_is(text):
+    """The reader's browser has the fonts; what is no markup stays none."""
+    tokenizer = h.CharTokenizer.from_text(text)
+    made = h.Generation(tokenizer.encode(text)[None], torch.arange(len(text))[None], len(text))
+    *_, last = re.findall("<pre>(.*?)</pre>", h.filmstrip(h.frames(made, tokenizer)).data, flags=re.S)
+    assert html.unescape(re.sub("</?u>", "", last)) == text

@@ -78,7 +78,7 @@ def test_byte_pairs_are_the_same_every_time():
 
 # --- characters against byte pairs ---
 
-CUT, HELD = 96_000, 20_000
+CUT, HELD = 96_000, 12_000  # HELD_OUT is more than the validation text has
 TEXT = random_text(0, CUT + 50) + "é is in the second part alone" + random_text(1, 120_000)
 TEXT = TEXT[:120_000]
 CHARACTER_ROWS = ("LLaDA, characters", "AR, characters")
@@ -116,6 +116,16 @@ def test_every_vocabulary_has_the_same_text(vocabularies):
             counted = characters(sequences, job.learned(sequences), each)
             assert int(counted.sum()) == HELD, "every window is judged, padding is no character"
             assert torch.equal(sequences[sequences != PAD], job.val_ids)
+
+
+def test_all_are_judged_by_the_beginning_of_the_validation_text(monkeypatch):
+    """A short stretch of it, and never what comes after it."""
+    text = random_text(2, 4_000)
+    decode = h.CharTokenizer.from_text(text).decode
+    for held, judged in ((100, text[3_200:3_300]), (399, text[3_200:3_599]), (900, text[3_200:3_600])):
+        monkeypatch.setattr(vocabulary, "HELD_OUT", held)
+        jobs, _ = vocabulary_jobs(h.PRESETS["smoke"], h.TrainConfig(10, 16), text)
+        assert decode(jobs["AR, characters"][0].val_ids) == judged
 
 
 def all_multiplications(job):

@@ -1,0 +1,202 @@
+"""beyond/exact.py: the probability of a text under a decoder, against enumeration, the sampler's frequencies and the NELBO."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import (
+    END,
+    FIRST,
+    MASK,
+    PAD,
+    START,
+    ChiSquare,
+    ExactAR,
+    ExactPredictor,
+    WithoutFloat64,
+    WrongPredictor,
+    enumerated_nelbo,
+    fill,
+    masks,
+    on_apple,
+    seeded,
+    within,
+)
+
+import llada_helpers as h
+from beyond import decoding
+from beyond.exact import decoder_nll
+
+EXACT = ExactPredictor(length=3, symbols=3)
+EVERY = EXACT.sequences  # all 27 texts
+WRONG = WrongPredictor(EXACT.vocab_size)
+SPECIAL = (PAD, START, END)
+
+
+def left_to_right(tokens, probs, masked, count):
+    """May know the shape of what was drawn, as it says nothing."""
+    return h.highest(-torch.arange(tokens.shape[1]).float().expand_as(tokens), masked, count)
+
+
+ORDERS = {
+    "entropy": "entropy",
+    "margin": "margin",
+    "left to right": left_to_right,
+    "bit-reversed": decoding.bit_reversed,
+    "spaced": decoding.spaced(2),
+    "spaced, bit-reversed": decoding.spaced(2, by=decoding.bit_reversed),
+    "entropy bound": decoding.entropy_bound(0.8),
+    "blocks": h.blockwise(h.entropy, 1),
+}
+
+
+def nats(model, sequences, steps, remasking, **options):
+    options = {"generator": seeded(0), "forbidden": SPECIAL, **options}
+    return decoder_nll(model, sequences, MASK, steps=steps, remasking=remasking, **options).double()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("order", ORDERS)
+def test_probabilities_of_all_texts_sum_to_one(order, steps):
+    """Whatever the passes commit together: a decoder is a distribution over texts."""
+    steps = 3 if order == "blocks" else steps
+    for temperature in (1.0, 0.5):
+        total = nats(WRONG, EVERY, steps, ORDERS[order], temperature=temperature).sum(dim=1).neg().exp().sum()
+        assert float(total) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_they_are_the_samplers_frequencies(order):
+    """In two passes, from a predictor whose conditionals fit no joint distribution, at a temperature: the same dice."""
+    steps, options = 3 if order == "blocks" else 2, {"remasking": ORDERS[order], "temperature": 0.7, "forbidden": SPECIAL}
+    made = fill(WRONG, masks(6000), steps=steps, generator=seeded(1), **options)
+    probs = nats(WRONG, EVERY, steps, ORDERS[order], temperature=0.7).sum(dim=1).neg().exp()
+    chi = ChiSquare.of(torch.bincount(EXACT.index(made.ids), minlength=27), probs / probs.sum())
+    assert chi.fits, chi
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "random"])
+def test_one_by_one_an_exact_predictor_gives_log_p_in_every_order(order):
+    remasking = ORDERS.get(order, order)
+    if order != "entropy bound":  # which commits as many as its bound allows
+        assert torch.allclose(nats(EXACT, EVERY, 3, remasking).sum(dim=1), -EXACT.logp, atol=1e-5)
+
+
+def test_one_by_one_in_random_order_averages_to_the_bound():
+    for k in (4, 22):
+        rows = EVERY[k].repeat(3000, 1)
+        chains = nats(WRONG, rows, 3, "random", forbidden=()).sum(dim=1)
+        free = [v for v in range(EXACT.vocab_size) if v != MASK]  # the decoder never writes [MASK], so it is never wrong about it
+
+        def unmasked(ids, free=free):
+            logits = torch.full((*ids.shape, EXACT.vocab_size), -math.inf)
+            logits[..., free] = WRONG(ids)[..., free]
+            return logits
+
+        assert within(chains, enumerated_nelbo(unmasked, EVERY[k], torch.ones(3, dtype=torch.bool)))
+
+
+def test_blocks_of_one_from_the_left_are_the_chain_rule():
+    """Also where they hold an AR model that sees nothing but the left."""
+    ar = ExactAR(EXACT)
+
+    def from_the_left(ids):
+        return ar(torch.nn.functional.pad(ids[:, :-1], (1, 0), value=START))
+
+    for strategy in (h.blockwise(h.entropy, 1), left_to_right):
+        assert torch.allclose(nats(from_the_left, EVERY, 3, strategy).sum(dim=1).float(), h.ar_nll(ar, EVERY, START), atol=1e-5)
+
+
+@given(st.data())
+def test_each_token_costs_what_the_pass_that_committed_it_said(data):
+    """Against the sampler itself: a text that it wrote, told again, is committed in the same passes at the same prices."""
+    row = st.lists(st.booleans(), min_size=(length := data.draw(st.integers(1, 7))), max_size=length)
+    maskable = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=3)))
+    maskable[0, 0] = True
+    steps, order = data.draw(st.integers(1, 8)), data.draw(st.sampled_from([k for k in ORDERS if k != "blocks"]))
+    predict, seed = WrongPredictor(9, seed=data.draw(st.integers(0, 99))), data.draw(st.integers(0, 99))
+    rows = torch.randint(FIRST, 9, maskable.shape, generator=seeded(seed))
+    options = {"remasking": ORDERS[order], "steps": steps}
+    made = fill(predict, rows.masked_fill(maskable, MASK), temperature=1.0, generator=seeded(seed), forbidden=SPECIAL, **options)
+    calls = predict.calls
+    told = nats(predict, made.ids, maskable=maskable, **options)
+    assert predict.calls - calls == made.nfe, "as many passes as the decoder"
+    assert (told[~maskable] == 0).all() and (told >= 0).all()
+    before, expected = made.state_after(-1), torch.zeros(maskable.shape, dtype=torch.float64)
+    for step in made.steps():
+        logits = predict(before).double().index_fill(-1, torch.tensor([MASK, *SPECIAL]), -math.inf)
+        cost = -logits.log_softmax(dim=-1).gather(-1, made.ids[..., None])[..., 0]
+        expected, before = torch.where(made.order == step, cost, expected), made.state_after(step)
+    assert torch.allclose(told, expected, atol=1e-5)
+
+
+def test_a_schedule_of_its_own_is_kept():
+    """The literal reverse process, in two steps: in expectation over its order a bound, and never below the exact -log p."""
+    rows = EVERY[7].repeat(4000, 1)
+    drawn = nats(EXACT, rows, 2, "ancestral").sum(dim=1)
+    made = fill(EXACT, masks(40_000), steps=2, remasking="ancestral", temperature=1.0, generator=seeded(3))
+    frequency = float((EXACT.index(made.ids) == 7).double().mean())
+    assert float(drawn.neg().exp().mean()) == pytest.approx(frequency, abs=5 * math.sqrt(frequency / 40_000))
+    assert float(drawn.mean()) >= -math.log(float(drawn.neg().exp().mean()))
+
+
+LOOKING = {
+    "low confidence": "low_confidence",
+    "in blocks": h.blockwise(h.low_confidence, 1),
+    "spaced": decoding.spaced(2, by=h.low_confidence),
+    "threshold": decoding.threshold(0.5),
+    "late": decoding.late("entropy", (5,)),
+    "compares": lambda tokens, probs, masked, count: masked & (tokens > 4),
+    "indexes": lambda tokens, probs, masked, count: masked & (probs[0, 0][tokens] > 0),
+    "lists": lambda tokens, probs, masked, count: masked & bool(tokens.tolist()),
+    "numpy": lambda tokens, probs, masked, count: masked & bool(np.asarray(tokens).any()),
+    "iterates": lambda tokens, probs, masked, count: masked & any(row is None for row in tokens),
+    "data": lambda tokens, probs, masked, count: masked & (tokens.data is not None),
+    "as": lambda tokens, probs, masked, count: masked & (tokens.expand_as(masked) > 4),
+}
+
+
+@pytest.mark.parametrize("strategy", LOOKING.values(), ids=LOOKING)
+def test_a_strategy_that_looks_at_the_drawn_tokens_is_refused(strategy):
+    with pytest.raises(ValueError, match="looks at the drawn tokens"):
+        nats(EXACT, EVERY, 3, strategy)
+
+
+def test_what_is_forbidden_or_impossible_costs_infinity():
+    assert math.isinf(float(nats(EXACT, EVERY[:1], 3, "entropy", forbidden=(int(EVERY[0, 1]),))[0, 1]))
+    assert float(nats(lambda ids: 9e4 * torch.eye(7)[5].expand(*ids.shape, 7), torch.tensor([[5, 5]]), 2, "entropy").sum()) == 0
+
+
+def test_nothing_maskable_costs_nothing_and_no_pass():
+    predict = WrongPredictor(7)
+    assert (nats(predict, EVERY, 3, "entropy", maskable=torch.zeros(27, 3, dtype=torch.bool)) == 0).all() and predict.calls == 0
+
+
+def test_a_device_without_float64_gives_the_same_nats():
+    here = nats(WRONG, EVERY, 2, "entropy")
+    with WithoutFloat64():
+        there = decoder_nll(on_apple(WRONG), EVERY.to("mps"), MASK, steps=2, remasking="entropy", forbidden=SPECIAL)
+        assert torch.equal(here.float(), there.cpu())
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"sequences": torch.tensor([[4, MASK, 5]])}, "mask_id"),
+        ({"sequences": torch.tensor([4, 5])}, "LongTensor"),
+        ({"steps": 0}, "steps"),
+        ({"remasking": "low-confidence"}, "low_confidence"),
+        ({"maskable": torch.ones(1, 2, dtype=torch.bool)}, "maskable"),
+        ({"model": lambda ids: torch.full((*ids.shape, 7), math.nan)}, "not finite"),
+    ],
+)
+def test_errors_say_what_to_pass_instead(options, word):
+    options = {"model": WRONG, "sequences": torch.tensor([[4, 5, 6]]), "steps": 2, "remasking": "entropy", **options}
+    with pytest.raises(ValueError, match="pass") as error:
+        decoder_nll(options.pop("model"), options.pop("sequences"), MASK, **options)
+    assert word in str(error.value)
