@@ -102,7 +102,7 @@ def test_averages_are_over_groups(made):
     assert means["row"].is_unique and means["row"].iloc[0] == sweep.REAL and len(means) * H.GROUPS == len(made)
     for line, (_, part) in zip(means.to_dict("records"), made.groupby([*sweep.SETTING], sort=False, dropna=False)):
         assert line[JUDGE] == pytest.approx(part[JUDGE].mean())
-        assert line[f"{JUDGE} ±"] == pytest.approx(2.365 * part[JUDGE].std() / 8**0.5)
+        assert line[f"{JUDGE} ±"] == pytest.approx(2.364624 * part[JUDGE].std() / 8**0.5)
 
 
 # --- at equal diversity ---
