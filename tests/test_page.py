@@ -229,7 +229,7 @@ def film(page, ids: torch.Tensor, model: str = "LLaDA", **options) -> list[dict]
 
 ORDERS = {"low-confidence": "low_confidence", "entropy": "entropy"}
 ORDERS |= {"bit-reversed": decoding.bit_reversed, "spaced": decoding.spaced(8)}
-CASES = [("low-confidence", seed) for seed in range(10)] + [(order, seed) for order in list(ORDERS)[1:] for seed in (3, 8)]
+CASES = [("low-confidence", seed) for seed in range(10)] + [(order, seed) for order in list(ORDERS)[1:] for seed in (1, 8)]
 
 
 @pytest.mark.parametrize("order, seed", CASES)
