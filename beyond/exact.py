@@ -337,7 +337,7 @@ def tables(models: dict[str, H.Transformer], val: Tensor, test: Tensor, sizes: S
 
 
 PASSES = 8  # of the decoder that is trained for
-FURTHER = H.TrainConfig(1000, 32, muon_lr=0.005, adamw_lr=1e-3, decay=1.0, evals=4)
+FURTHER = H.TrainConfig(500, 32, muon_lr=0.005, adamw_lr=1e-3, decay=1.0, evals=4)
 TRAINING = {name: (replace(FURTHER, steps=50, evals=1), FURTHER) for name in H.PRESETS}
 TRAINING["smoke"] = (replace(FURTHER, steps=2, evals=1), replace(FURTHER, steps=4, evals=1))
 
