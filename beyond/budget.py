@@ -248,7 +248,7 @@ def record(preset: H.Preset, text: str, settings: dict[str, dict], seeds: Sequen
         for seed in seeds:
             made = record_job(job, settings.get(name, {}), seed=seed)
             run = H.train(f"{preset.name}-record-{name.lower()}", made, compiled=preset.compiled)
-            scores = validation_nats(run.model, test_ids, preset.nelbo_samples)
+            scores = window_nats(run.model, test_ids, preset.nelbo_samples)
             nats, interval = H.per_character(*scores)
             row = {"model": name, "seed": seed, "parameters": run.summary["parameters"], "width": made.model.n_embd}
             row |= {"dropout": made.model.dropout, "weight decay": made.train.weight_decay, "steps": made.train.steps}
