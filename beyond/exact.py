@@ -114,17 +114,18 @@ class Sizes(NamedTuple):
     """How much is measured.
 
     >>> SIZES["cpu"][1].one_by_one
-    200
+    100
     """
 
     windows: int  # at most so many, evenly spread
     one_by_one: int  # of them where passes are many: one for each character or two, adaptive
+    few: int  # of them for the choice on validation text, for single passes and places
     passes: tuple[int, ...]  # fewer ones
 
 
-FULL = Sizes(10**6, 200, (4, 8, 16, 32))
-SIZES = {name: (Sizes(64, 16, (4, 8, 16)), FULL) for name in H.PRESETS}
-SIZES["smoke"] = (Sizes(4, 2, (4,)), Sizes(6, 3, (2, 4)))
+FULL = Sizes(300, 100, 200, (4, 8, 16, 32))
+SIZES = {name: (Sizes(64, 16, 64, (4, 8, 16)), FULL) for name in H.PRESETS}
+SIZES["smoke"] = (Sizes(4, 2, 3, (4,)), Sizes(6, 3, 3, (2, 4)))
 EVEN = ("random", "bit-reversed", "entropy", "left to right")  # as many characters in every pass
 
 
@@ -328,7 +329,7 @@ def tables(models: dict[str, H.Transformer], val: Tensor, test: Tensor, sizes: S
     >>> list(tables({}, None, torch.zeros(1, 8), SIZES["smoke"][0]))
     ['exact', 'exact_choice', 'exact_passes', 'exact_places']
     """
-    few, choice = chosen(test, sizes.one_by_one), sizes._replace(windows=sizes.one_by_one)
+    few, choice = chosen(test, sizes.few), sizes._replace(windows=sizes.few, one_by_one=sizes.few)
     return {
         "exact": lambda: exact_table(models, test, sizes),
         "exact_choice": lambda: exact_table(models, val, choice, "apart|doubling|^bit-reversed, (4|8|16) "),
