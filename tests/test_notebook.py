@@ -5,7 +5,22 @@ import re
 
 import pandas as pd
 import pytest
-from notebooks import BEYOND, CORPUS, MAIN, OFFLINE, ROOT, cells, clone, finish, git, outputs, printed, sources, start
+from notebooks import (
+    BEYOND,
+    CORPUS,
+    MAIN,
+    OFFLINE,
+    ROOT,
+    cells,
+    clone,
+    finish,
+    git,
+    outputs,
+    printed,
+    python_path,
+    sources,
+    start,
+)
 
 import llada_helpers as h
 from beyond.experiments import suite, suite_mark
@@ -117,7 +132,7 @@ def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
     for module in ("__init__", "__main__"):  # a pip that does nothing: all is installed, and there is no network
         (bare / "pip" / f"{module}.py").write_text("")
     (own / "own_words.txt").write_text("Die Würde des Menschen ist unantastbar.\r\n" * 60, encoding="utf-8")
-    alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=str(bare), **OFFLINE)
+    alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=python_path(bare), **OFFLINE)
     finish(start(own, MAIN, LLADA_DATA="own_words.txt"), alone)
     assert "TINYSHAKESPEARE COULD NOT BE DOWNLOADED" in json.dumps(outputs(bare / MAIN))
     assert "offline corpus" in printed(bare / MAIN) and "own_words" in printed(own / MAIN)
