@@ -25,7 +25,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -709,9 +708,12 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     ValueError: no ids, too few steps, a batch that processes and micro-batches cannot share evenly, no sound checkpoint.
     RuntimeError: a loss is not finite, or that of training above a blank model's; says where, and which is the last checkpoint.
     """
-    device, parts = best_device(), max(1, job.train.accumulation)
+    config, device, parts = job.train, best_device(), max(1, job.train.accumulation)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
-    _check_job(job, accelerator.num_processes)
+    sizes = [*map(torch.numel, (job.train_ids, job.val_ids)), config.steps, config.batch_size, config.evals, config.eval_windows]
+    if min(*sizes, config.accumulation) < 1 or config.batch_size % (accelerator.num_processes * parts):
+        shares = f"{accelerator.num_processes} processes x {parts} micro-batches"
+        raise ValueError(f"{config}, {sizes[0]} + {sizes[1]} ids: pass at least one of each, and a batch for {shares} to share")
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
     with log.alone():
         if log.complete():
@@ -736,16 +738,6 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         finally:
             log.write()
         return log.run()
-
-
-def _check_job(job: Job, processes: int) -> None:
-    config = job.train
-    sizes = (config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation)
-    if min(job.train_ids.numel(), job.val_ids.numel(), *sizes) < 1:
-        raise ValueError(f"{job.train_ids.numel()} + {job.val_ids.numel()} ids, {config}: pass at least one of each")
-    if config.batch_size % (processes * config.accumulation):
-        shares = f"{processes} processes x {config.accumulation} micro-batches"
-        raise ValueError(f"batch_size={config.batch_size}: pass a multiple of {shares}")
 
 
 METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm")
@@ -829,9 +821,9 @@ class TrainingLog:
 
     def steps_left(self) -> Iterator[int]:
         """The numbers of the steps to make, with a progress bar."""
-        todo, total = range(self.step, self.job.train.steps), self.job.train.steps
         shown = {"desc": self.record["name"], "file": sys.stdout, "mininterval": 10, "delay": 5, "ncols": 100}
-        self.bar = tqdm(todo, initial=self.step, total=total, disable=self.silent, **shown)
+        steps = self.job.train.steps
+        self.bar = tqdm(range(self.step, steps), initial=self.step, total=steps, disable=self.silent, **shown)
         return self.bar
 
     def note(self, loss: Tensor, targets: Tensor, weight: Tensor) -> None:
@@ -866,7 +858,7 @@ class TrainingLog:
         self.write()
 
     def _save(self, row: dict) -> None:
-        if row["val_loss"] == min(earlier["val_loss"] for earlier in self.rows):
+        if all(row["val_loss"] < earlier["val_loss"] for earlier in self.rows[:-1]):
             save_model(self.best, self.twin)
         for key in METRICS[3:]:
             self.writer.add_scalar(key, row[key], self.step)
@@ -989,10 +981,9 @@ def mixed_precision() -> str:
 
 def describe_machine() -> dict[str, str]:
     """Device and versions, for the first cell and for each run's record."""
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo, (status, commit) = Path("/proc/cpuinfo"), subprocess.getstatusoutput("git rev-parse --short HEAD")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "") or ["", "CPU"]
     device = torch.cuda.get_device_name() if best_device() == "cuda" else f"{cpu[1]}, {torch.get_num_threads()} threads"
-    status, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     return {"device": device, **versions, "commit": "none" if status else commit}
 
@@ -1614,13 +1605,6 @@ class Preset:
         sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "dropout": self.dropout, **changes}
         return ModelConfig(vocab_size, self.seq_len, causal=causal, **sizes)
 
-    def hours_on_cpu(self) -> float:
-        """Of both trainings here, judged by one matrix product: 6 operations a weight and token, half as fast as that product."""
-        x = torch.ones(1024, 1024)
-        rate = 2 * 1024**3 / min(timeit.repeat(lambda: x @ x, number=1)) / 2
-        tokens = (self.llada.steps * self.llada.batch_size + self.ar.steps * self.ar.batch_size) * self.seq_len
-        return 6 * 12 * self.n_layer * self.n_embd**2 * tokens / rate / 3600
-
     def jobs(self, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, Job]:
         """The two trainings of Part 6."""
         kinds = (("LLaDA", False, self.llada), ("AR", True, self.ar))
@@ -1649,5 +1633,5 @@ def choose_preset() -> Preset:
     if name not in PRESETS:
         raise ValueError(f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
     if name == "gpu" and best_device() == "cpu":
-        print(f"No GPU here: the two trainings of the gpu preset alone take about {PRESETS[name].hours_on_cpu():.0f} hours.")
+        print("No GPU here: the two trainings of the gpu preset take about 30 hours of two CPU cores; cpu_long suits these.")
     return PRESETS[name]
