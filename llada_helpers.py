@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pydoc_data import topics
 
 import ipywidgets as widgets
 import numpy as np
@@ -59,6 +60,11 @@ CORPUS_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/ti
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+def _refuse(wrong: bool, said: str) -> None:
+    if wrong:
+        raise ValueError(said)
+
+
 def cache_path() -> Path:
     """Where the downloaded corpus is kept (and where it can be put by hand)."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -78,15 +84,13 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")  # all line ends become "\n"
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 ({error}); pass a text file that can (iconv -t UTF-8)") from error
-    if not text.strip() or "\0" in text:
-        raise ValueError(f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text")
+    said = f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text"
+    _refuse(not text.strip() or "\0" in text, said)
     return text
 
 
 def _offline_corpus() -> str:
-    from pydoc_data import topics
-
-    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
 
 
 def load_text(path: str | os.PathLike | None = None) -> str:
@@ -104,11 +108,8 @@ def load_text(path: str | os.PathLike | None = None) -> str:
         if not is_corpus(response.content):
             raise OSError(f"the SHA-256 of the download is not {CORPUS_SHA256}")
     except OSError as error:  # requests' exceptions are OSErrors
-        warnings.warn(
-            f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Using Python's own help texts instead: the numbers "
-            f"will not be comparable. To use it, save {CORPUS_URL} as {cached}, or set LLADA_DATA to any UTF-8 text.",
-            stacklevel=2,
-        )
+        said = f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Python's own help texts stand in: no number is"
+        warnings.warn(f"{said} comparable. Save {CORPUS_URL} as {cached}, or set LLADA_DATA to any UTF-8 text.", stacklevel=2)
         return _offline_corpus()
     with contextlib.suppress(OSError):  # a text that cannot be kept is there all the same
         write_atomically(cached, response.content)
@@ -135,15 +136,13 @@ def corpus_name(text: str) -> str:
 def require(text: str, preset: "Preset") -> None:
     """ValueError, before anything is trained, if `text` is too short for `preset`: training takes 80%, and each of the two parts
     that are left, for validation and test, must fill one window of `seq_len` characters."""
-    if len(text) < 10 * preset.seq_len:
-        needs = [f"{name} needs {10 * known.seq_len:,}" for name, known in PRESETS.items()]
-        raise ValueError(f"the text has {len(text):,} characters; pass a longer one, or set LLADA_PRESET ({', '.join(needs)})")
+    needs = ", ".join(f"{name} needs {10 * known.seq_len:,}" for name, known in PRESETS.items())
+    said = f"the text has {len(text):,} characters; pass a longer one, or set LLADA_PRESET ({needs})"
+    _refuse(len(text) < 10 * preset.seq_len, said)
 
 
 class CharTokenizer:
-    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, the sorted characters, then your own `special` tokens.
-
-    Words may stand for characters: a list of words is a text as well. Special tokens are named in lists only: no text spells one.
+    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, then the sorted characters. No text spells a special token.
 
     >>> tokenizer = CharTokenizer.from_text("banana")
     >>> tokenizer.encode("nab").tolist(), tokenizer.decode([2, 6, 4, 1, 3, 5])
@@ -151,43 +150,35 @@ class CharTokenizer:
     """
     pad_id, mask_id, start_id, end_id = PAD_ID, MASK_ID, START_ID, END_ID
 
-    def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
-        known = [*SPECIAL_TOKENS, *characters, *special]
-        if len(set(known)) < len(known) or not characters or "" in known or len(min(special, key=len, default="ab")) < 2:
-            raise ValueError(f"characters={characters!r}, special={special}: pass distinct ones, special ones of two letters up")
-        self.characters, self.special, self.vocab_size = characters, tuple(special), len(known)
-        self._id_of = {c: i for i, c in enumerate(known)}
-        self._shown = ["", MASK_GLYPH, "", "", *characters, *("" for _ in special)]
+    def __init__(self, characters: str):
+        _refuse(not 0 < len(characters) == len(set(characters)), f"characters={characters!r}: pass some, each of them once")
+        self.characters, self.vocab_size = characters, len(SPECIAL_TOKENS) + len(characters)
+        self._id_of = {c: i for i, c in enumerate([*SPECIAL_TOKENS, *characters])}
+        self._shown = ["", MASK_GLYPH, "", "", *characters]
 
     @classmethod
-    def from_text(cls, text: str | list[str], special: tuple[str, ...] = ()) -> "CharTokenizer":
-        if not text:
-            raise ValueError("the text is empty; pass at least one character")
-        found = sorted(set(text).difference(SPECIAL_TOKENS, special))
-        return cls("".join(found) if isinstance(text, str) else found, special)
+    def from_text(cls, text: str) -> "CharTokenizer":
+        return cls("".join(sorted(set(text))))
 
-    def encode(self, text: str | list[str]) -> Tensor:
+    def encode(self, text: str) -> Tensor:
         """LongTensor[len(text)]. ValueError names the characters that the vocabulary lacks."""
         if unknown := sorted(set(text) - self._id_of.keys()):
             raise ValueError(f"characters not in the vocabulary: {unknown}; use characters of the training text only")
         return torch.tensor([self._id_of[c] for c in text], dtype=torch.long)
 
     def decode(self, ids) -> str:
-        """Text up to the first [END], with spaces between words; [MASK] is shown as a block, other special tokens are skipped."""
-        shown = [self._shown[i] for i in itertools.takewhile(lambda i: i != END_ID, torch.as_tensor(ids).tolist())]
-        return ("" if isinstance(self.characters, str) else " ").join(filter(None, shown))
+        """Text up to the first [END]; [MASK] is shown as a block, other special tokens are skipped."""
+        return "".join(self._shown[i] for i in itertools.takewhile(lambda i: i != END_ID, torch.as_tensor(ids).tolist()))
 
     def to_json(self) -> str:
-        return json.dumps({"special_tokens": [*SPECIAL_TOKENS, *self.special], "characters": self.characters})
+        return json.dumps({"special_tokens": SPECIAL_TOKENS, "characters": self.characters})
 
     @classmethod
     def from_json(cls, text: str) -> "CharTokenizer":
         try:
             made = json.loads(text)
-            names, characters = made["special_tokens"], made["characters"]
-            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not {type(characters), *map(type, characters)} <= {str, list}:
-                raise TypeError(f"special_tokens={names}, characters={characters}")
-            return cls(characters, tuple(names[len(SPECIAL_TOKENS) :]))
+            _refuse(made["special_tokens"] != [*SPECIAL_TOKENS], "other special tokens")
+            return cls("".join(made["characters"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
@@ -195,17 +186,15 @@ class CharTokenizer:
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
     """The first `fraction` of ids for training, the rest for validation: by position, so that no sentence is in both."""
     cut = int(fraction * len(ids))
-    if not 0 < cut < len(ids):
-        raise ValueError(f"{fraction} of {len(ids)} ids leaves a part empty; pass a longer text, or 0 < fraction < 1")
+    _refuse(not 0 < cut < len(ids), f"{fraction} of {len(ids)} ids leaves a part empty; pass a longer text, or 0 < fraction < 1")
     return ids[:cut], ids[cut:]
 
 
 def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = PAD_ID) -> Tensor:
     """Cut ids [n] into windows [N, seq_len], `stride` apart (default: end to end). The last one is padded, nothing dropped."""
     stride = seq_len if stride is None else stride
-    if seq_len < 1 or not 1 <= stride <= seq_len or ids.ndim != 1 or len(ids) == 0:
-        sizes = f"ids {tuple(ids.shape)}, seq_len={seq_len}, stride={stride}"
-        raise ValueError(f"{sizes}: pass a vector of ids and 1 <= stride <= seq_len, so that nothing is dropped")
+    said = f"ids {tuple(ids.shape)}, seq_len={seq_len}, stride={stride}: pass a vector of ids and 1 <= stride <= seq_len"
+    _refuse(not 1 <= stride <= seq_len or ids.ndim != 1 or len(ids) == 0, f"{said}, so that nothing is dropped")
     count = 1 + max(0, math.ceil((len(ids) - seq_len) / stride))
     padding = (count - 1) * stride + seq_len - len(ids)
     return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
@@ -223,21 +212,37 @@ def _refuse(wrong: bool, said: str) -> None:
         raise ValueError(said)
 
 
-def _check_ids(ids: Tensor, model, special: set[int]) -> None:
-    config, said = getattr(model, "config", None), f"{ids.dtype} {tuple(ids.shape)}"
-    _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"sequences, template or prompt is {said}; pass a LongTensor [B, L] of ids")
-    if config:
-        used = special | ({int(ids.min()), int(ids.max())} if ids.numel() and ids.device.type == "cpu" else set())  # no GPU waits
-        outside = not 0 <= min(used) <= max(used) < config.vocab_size
-        _refuse(outside, f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}")
-
-
-def _check_times(t: float | Tensor, sequences: Tensor, lowest: float) -> Tensor:
-    t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device)
-    rows, inside = len(sequences), (t >= lowest) & (t <= 1)
-    _refuse(t.ndim > 1 or (t.ndim == 1 and len(t) != rows), f"t has shape {tuple(t.shape)}; pass one number or {rows}, one a row")
-    _refuse(not bool(inside.all()), f"t={t.tolist()}: pass times in {'(' if lowest else '['}0, 1]")
-    return t.expand(rows)
+def _check(a: dict, maskable: Callable, lowest: float) -> None:
+    """ValueError for what is out of range among arguments, known by their names; fills in defaults."""
+    name, ids = next((name, a[name]) for name in a if name in ("sequences", "template", "prompt"))
+    _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"{name} is {ids.dtype} {tuple(ids.shape)}; pass ids LongTensor [B, L]")
+    for name in {"steps", "n_samples", "length"} & a.keys():
+        _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
+    if config := getattr(a.get("model"), "config", None):
+        used = {a[name] for name in ("mask_id", "start_id") if name in a}.union(a.get("forbidden", ()))
+        used |= {*map(int, ids.aminmax())} if ids.numel() and ids.device.type == "cpu" else set()  # no GPU waits
+        said = f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}"
+        _refuse(not 0 <= min(used) <= max(used) < config.vocab_size, said)
+        length, longest = ids.shape[1] + a.get("length", 0), getattr(config, "seq_len", math.inf)
+        _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+    for name in {"maskable", "mask", "counted"} & a.keys():
+        default = ids != a["pad_id"] if "pad_id" in a else maskable(ids)
+        given = a[name] = default if a[name] is None else a[name]
+        said = f"{name} is {given.dtype} {tuple(given.shape)}; pass bool {tuple(ids.shape)}"
+        _refuse(given.shape != ids.shape or given.dtype != torch.bool, said)
+    if a.get("t") is not None:
+        t = torch.as_tensor(a["t"], dtype=torch.float32, device=ids.device)
+        _refuse(t.shape not in ((), (len(ids),)), f"t has shape {tuple(t.shape)}; pass one number or {len(ids)}, one a row")
+        _refuse(not bool(((t >= lowest) & (t <= 1)).all()), f"t={t.tolist()}: pass times in {'(' if lowest else '['}0, 1]")
+        a["t"] = t.expand(len(ids))
+    if "top_p" in a:
+        said = f"temperature={a['temperature']}, top_p={a['top_p']}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)"
+        _refuse(not (0 <= a["temperature"] < math.inf and 0 < a["top_p"] <= 1), said)
+    if "prompt" in a:
+        _refuse(bool((ids == PAD_ID).any()), "what follows [PAD] would go on from it; pass prompts of one length, without [PAD]")
+    if "template" in a:
+        a["remasking"] = named_strategy(a["remasking"], a["generator"], a["block_length"])
+        _refuse(not bool((ids == a["mask_id"]).any()), "nothing to fill: pass a template with mask_id where tokens are wanted")
 
 
 def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.bool), lowest: float = 0.0) -> Callable:
@@ -251,21 +256,7 @@ def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.b
         def wrapped(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            a = bound.arguments
-            ids = next(a[name] for name in ("sequences", "template", "prompt") if name in a)
-            special = {a[name] for name in ("mask_id", "start_id") if name in a} | set(a.get("forbidden", ()))
-            _check_ids(ids, a.get("model"), special)
-            for name in {"maskable", "mask", "counted"} & a.keys():
-                default = (ids != a["pad_id"]) if "pad_id" in a else maskable(ids)
-                a[name] = default if a[name] is None else a[name]
-                wrong = a[name].shape != ids.shape or a[name].dtype != torch.bool
-                _refuse(wrong, f"{name} is {a[name].dtype} {tuple(a[name].shape)}; pass bool {tuple(ids.shape)}")
-            for name in {"steps", "n_samples", "length"} & a.keys():
-                _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
-            if a.get("t") is not None:
-                a["t"] = _check_times(a["t"], ids, lowest)
-            if "top_p" in a:
-                _check_sampling(ids, a)
+            _check(bound.arguments, maskable, lowest)
             return function(*bound.args, **bound.kwargs)
         return wrapped
     return decorate
@@ -948,8 +939,7 @@ class Generation:
 
     def commit(self, step: int, stay: Tensor, tokens: Tensor, probs: Tensor) -> None:
         """One pass more: `tokens` [B, L], of distributions [B, L, V], become final where BoolTensor[B, L] `stay` is true."""
-        if not bool(stay.any()):
-            raise ValueError("the strategy commits nothing where the schedule wants something; return a masked position")
+        _refuse(not bool(stay.any()), "the strategy commits nothing where some is due; return a masked position")
         self.ids, self.order, self.nfe = self.ids.where(~stay, tokens), self.order.masked_fill(stay, step), self.nfe + 1
         self.confidence = self.confidence.where(~stay, probs.gather(-1, tokens[..., None])[..., 0].float())
 
@@ -977,10 +967,7 @@ def _inference(function):
 
 def _float64(x: Tensor) -> Tensor:
     """x in float64, on the CPU where its device has none (Apple's)."""
-    try:
-        return x.double()
-    except TypeError:
-        return x.cpu().double()
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _placed(function):
@@ -995,21 +982,6 @@ def _placed(function):
     return wrapped
 
 
-def _check_sampling(ids: Tensor, a: dict) -> None:
-    temperature, top_p, length = a["temperature"], a["top_p"], ids.shape[1] + a.get("length", 0)
-    longest = getattr(getattr(a["model"], "config", None), "seq_len", length)
-    wrong = not (0 <= temperature < math.inf and 0 < top_p <= 1)
-    _refuse(wrong, f"temperature={temperature}, top_p={top_p}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)")
-    _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
-    if "prompt" in a:
-        padded = bool((ids == PAD_ID).any())
-        _refuse(padded, "a padded prompt would be continued after its padding; pass prompts of one length, without [PAD]")
-    else:
-        a["remasking"] = named_strategy(a["remasking"], a["generator"], a["block_length"])
-        nothing = not bool((ids == a["mask_id"]).any())
-        _refuse(nothing, "nothing to fill: pass a template with mask_id where tokens are wanted")
-
-
 def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, banned=()) -> Tensor:
     """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else an exact draw from the nucleus.
 
@@ -1017,13 +989,12 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     al. 2024, arXiv:2409.02908). `banned`: ids that are never drawn. ValueError: logits NaN or infinite (-inf, impossible, is
     fine), a banned id that is none, a row where every token is banned or impossible.
     """
-    if not bool((logits < math.inf).all()) or any(not 0 <= token < logits.shape[-1] for token in banned):
-        said = f"the logits [..., {logits.shape[-1]}] are not finite, or lack one of the ids {sorted(banned)}"
-        raise ValueError(f"{said}; pass a model without NaN and infinity, mask_id and forbidden ids below vocab_size")
+    said = f"the logits [..., {logits.shape[-1]}] are not finite, or lack one of the ids {sorted(banned)}"
+    wrong = not bool((logits < math.inf).all()) or any(not 0 <= token < logits.shape[-1] for token in banned)
+    _refuse(wrong, f"{said}; pass a model without NaN and infinity, mask_id and forbidden ids below vocab_size")
     logits = logits.index_fill(-1, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -math.inf)
     best, tokens = logits.max(dim=-1)
-    if bool(best.isneginf().any()):
-        raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
+    _refuse(bool(best.isneginf().any()), "every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
         return tokens
     probs = (_float64(logits - best[:, None]) / temperature).exp()  # times a constant of the row
