@@ -1339,11 +1339,10 @@ def number(value: float, half: float = math.nan) -> str:
     def places(x: float, digits: int) -> int:  # decimal ones, for so many significant digits
         return digits - 1 - int(f"{x:.{digits - 1}e}".partition("e")[2])
 
+    place = 0 if value == int(value) else places(value, 3 if abs(value) >= 0.1 else 2)
     if half > 0:
         place = min(places(value, 3), places(half, 2) - (f"{half:.1e}" >= "3"))
         place = next(p for p in itertools.count(place) if abs(round(half, p) - half) <= half / 2)
-    else:
-        place = 0 if value == int(value) else places(value, 3 if abs(value) >= 0.1 else 2)
     shown = [f"{round(x, place) + 0.0:,.{max(0, place)}f}".replace("-", "−") for x in (value, half)]  # no minus before a zero
     return " ± ".join(shown if half > 0 else shown[:1])
 

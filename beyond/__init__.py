@@ -7,6 +7,7 @@ How to generate, how to score:
     estimators    four other ways to draw the masks of the bound, to compare their noise
     quality       one measure for all decoders: how good and how varied their texts are, and what they cost
     film          a generation as an animated picture
+    page          the two models in one HTML file, to play with in a browser: python -m beyond.page
 
 How to train, by suites of experiments:
 

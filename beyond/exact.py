@@ -118,7 +118,7 @@ class Sizes(NamedTuple):
     """
 
     windows: int  # at most so many, evenly spread
-    one_by_one: int  # of them for a pass per character or two
+    one_by_one: int  # of them where passes are many: one for each character or two, adaptive
     passes: tuple[int, ...]  # fewer ones
 
 
@@ -146,16 +146,6 @@ def right_to_left(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) 
     [[False, False, True, True]]
     """
     return left_to_right(tokens, probs, masked.flip(1), count).flip(1)
-
-
-def best_first(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
-    """Strategy: where the best token has the highest probability, drawn or not: low confidence without a look at the dice.
-
-    >>> probs = torch.tensor([[[0.6, 0.4], [0.1, 0.9]]])
-    >>> best_first(torch.zeros(1, 2), probs, torch.ones(1, 2, dtype=torch.bool), torch.tensor([1])).tolist()
-    [[False, True]]
-    """
-    return H.highest(probs.amax(dim=-1), masked, count)
 
 
 def doubling(strategy: Strategy) -> Strategy:
@@ -212,11 +202,11 @@ def decoders(passes: tuple[int, ...], length: int) -> list[tuple[str, Strategy |
     """
     even = dict(zip(EVEN, ("random", decoding.bit_reversed, H.entropy, left_to_right)))
     trials = [(name, even[name], k) for k in passes for name in EVEN]
-    spaced = [(k, d) for k in passes if k <= length // 4 for d in (2, 4, 8, 16) if d <= k]
+    spaced = [(k, d) for k in passes if k <= length // 8 for d in (2, 4, 8, 16) if d <= k]
     trials += [(f"entropy, {d} apart", decoding.spaced(d), k) for k, d in spaced]
     trials += [("bit-reversed, doubling", doubling(decoding.bit_reversed), int(math.log2(length)) + 1)]
     trials += [(f"adaptive, {scale} a nat apart", apart(scale), 1) for scale in (2, 4, 8)]
-    one = even | {"confidence": best_first, "margin": H.margin, "right to left": right_to_left}
+    one = even | {"margin": H.margin, "right to left": right_to_left}
     return trials + [(name, strategy, length) for name, strategy in one.items()]
 
 
@@ -274,7 +264,7 @@ def exact_table(models: dict[str, H.Transformer], windows: Tensor, sizes: Sizes,
         lines.append({"row": f"AR{where}", "decoder": "AR", "passes": length, "nats": nats})
     for name, strategy, steps in decoders(sizes.passes, length):
         if re.search(only, name):
-            nats, order = measured(models["LLaDA"], one if 2 * steps >= length else few, strategy, steps)
+            nats, order = measured(models["LLaDA"], one if 2 * steps >= length or steps == 1 else few, strategy, steps)
             asked = f"{steps} passes" if steps > 1 else "adaptive"
             passes = (order.sort(dim=1).values.diff(dim=1) > 0).sum(dim=1).float().mean().item() + 1
             lines.append({"row": f"{name}, {asked}", "decoder": name, "steps": steps, "passes": passes, "nats": nats.sum(dim=1)})

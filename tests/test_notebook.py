@@ -143,3 +143,14 @@ def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
         tables = re.findall("<table[^>]*>", json.dumps(outputs(own / notebook)))
         assert tables and all("tex2jax_ignore" in table and "mathjax_ignore" in table for table in tables)
     assert {line[3:] for line in git(own, "status", "--porcelain", "-uno").splitlines()} == set(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_text_of_a_figure_is_mathematics(name):
+    """A title may hold the name of a user's file. So ticks must not be written as mathematics either, as on log axes."""
+    for source in sources(ROOT / name, "code"):
+        if "plt.rcParams" in source:
+            assert '"text.parse_math": False' in source and '"display.html.use_mathjax", False' in source
+        if re.search(r'[xy]scale(\(|=)"log"', source):
+            assert re.search(r"major_formatter|set_[xy]ticks\(\([^)]*\), \(", source), source
+        assert not re.search(r"(label|title)\(?=?f?[\"'][^\"']*\$", source), source
