@@ -29,7 +29,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data import topics
 
@@ -308,8 +308,8 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.rotary_base)
-        if min(sizes) <= 0 or self.n_embd % (2 * self.n_head) or not 0 <= self.dropout < 1:
-            raise ValueError(f"{self}: pass positive sizes, n_embd divisible by 2 * n_head (rotary) and dropout in [0, 1)")
+        wrong = min(sizes) <= 0 or self.n_embd % (2 * self.n_head) or not 0 <= self.dropout < 1
+        _refuse(wrong, f"{self}: pass positive sizes, n_embd divisible by 2 * n_head (rotary) and dropout in [0, 1)")
 
 
 class KVCache:
@@ -459,7 +459,7 @@ def diffusion_batch(sequences: Tensor, generator: torch.Generator | None = None,
 
 
 def next_token_batch(sequences: Tensor, generator: torch.Generator | None = None, counted: Tensor | None = None,
-                     start_id: int = START_ID, pad_id: int = PAD_ID) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                     start_id: int = START_ID, pad_id: int = PAD_ID) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs [START] x_1 ... x_{L-1}, targets x_1 ... x_L (Eq. 2), weights that make the batch a mean over its counted tokens."""
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
     counted = (sequences != pad_id if counted is None else counted).float()
@@ -932,11 +932,6 @@ class Generation:
     def __post_init__(self):
         self.confidence = torch.ones_like(self.ids, dtype=torch.float) if self.confidence is None else self.confidence
 
-    @classmethod
-    def of(cls, template: Tensor) -> "Generation":
-        """The beginning: nothing is committed, all that is not masked was given."""
-        return cls(template, torch.full_like(template, -1), nfe=0)
-
     def commit(self, step: int, stay: Tensor, tokens: Tensor, probs: Tensor) -> None:
         """One pass more: `tokens` [B, L], of distributions [B, L, V], become final where BoolTensor[B, L] `stay` is true."""
         _refuse(not bool(stay.any()), "the strategy commits nothing where some is due; return a masked position")
@@ -1067,11 +1062,10 @@ def blockwise(strategy: Strategy, length: int) -> Strategy:
 
     def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
         longest = int(n.max())
-        if length < 1 or (length != longest and bool((n % length).any())):
-            raise ValueError(f"block_length={length}: pass a positive divisor of the number of masks {n.tolist()}")
+        wrong = length < 1 or (length != longest and bool((n % length).any()))
+        _refuse(wrong, f"block_length={length}: pass a positive divisor of the number of masks {n.tolist()}")
         blocks = -(-longest // length)
-        if steps % blocks:
-            raise ValueError(f"steps={steps}: pass a positive multiple of the number of blocks, {blocks}")
+        _refuse(steps % blocks > 0, f"steps={steps}: pass a positive multiple of the number of blocks, {blocks}")
         block, step = divmod(step, steps // blocks)
         ahead = (n - masked.sum(dim=1)) // length > block  # such a row waits
         inside, due = getattr(strategy, "schedule", evenly)(opened(masked), n.clamp(max=length), step, steps // blocks)
@@ -1092,9 +1086,8 @@ REMASKING = tuple(BUILT_IN)
 
 def named_strategy(remasking: str | Strategy, generator: torch.Generator | None, block_length: int | None = None) -> Strategy:
     """The strategy of that name, one of `REMASKING`, or the function itself; in blocks, if they have a length."""
-    unknown = not callable(remasking) and remasking not in REMASKING
-    _refuse(unknown, f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
-    strategy = remasking if callable(remasking) else BUILT_IN[remasking](generator)
+    strategy = BUILT_IN.get(remasking, lambda _: remasking)(generator)
+    _refuse(not callable(strategy), f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
     return strategy if block_length is None else blockwise(strategy, block_length)
 
 
@@ -1121,7 +1114,8 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
     >>> made.ids.tolist(), made.order.tolist(), made.nfe
     ([[4, 5, 6, 7]], [[2, -1, 1, 0]], 3)
     """
-    made, n, schedule = Generation.of(template), (template == mask_id).sum(dim=1), getattr(remasking, "schedule", evenly)
+    made, n = Generation(template, torch.full_like(template, -1), nfe=0), (template == mask_id).sum(dim=1)
+    schedule = getattr(remasking, "schedule", evenly)
     for step in itertools.count():
         masked, due = schedule(made.ids == mask_id, n, step, steps)  # x_t, and how many are filled on the way to s
         if bool((due > 0).any()):
@@ -1141,13 +1135,10 @@ def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **o
 
     Texts are padded into one batch; `options` are those of `reverse_process`, with `steps`. ValueError: a text without a blank.
     """
-    rows = []
-    for text in texts:
-        pieces = re.split(r"\[(_+)\]", text)  # text, underscores, text, underscores, ..., text
-        if len(pieces) < 3:
-            raise ValueError(f"{text!r} has no blank: mark one with [___], an underscore for each character")
-        rows.append(torch.cat([torch.full((len(p),), MASK_ID) if i % 2 else tokenizer.encode(p) for i, p in enumerate(pieces)]))
-    template = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+    pieces = [re.split(r"\[(_+)\]", text) for text in texts]  # of each: text, underscores, text, underscores, ..., text
+    texts = [["[MASK]" if i % 2 else c for i, piece in enumerate(split) for c in piece] for split in pieces]
+    _refuse(not all("[MASK]" in text for text in texts), "a text has no blank: mark it with [___], an underscore for a character")
+    template = nn.utils.rnn.pad_sequence([*map(tokenizer.encode, texts)], batch_first=True, padding_value=PAD_ID)
     made = reverse_process(model, template, mask_id=MASK_ID, forbidden=(PAD_ID, START_ID, END_ID), **options)
     return [tokenizer.decode(row) for row in made.ids]
 
@@ -1196,13 +1187,6 @@ def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int =
     """
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
     return token_nll(model, inputs, sequences, counted).sum(dim=1)
-
-
-@_checked()
-@_placed
-def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
-    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
-    return token_nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
 
 
 def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -1497,12 +1481,12 @@ class Preset:
     dropout: float
     llada: TrainConfig
     ar: TrainConfig
-    nelbo_samples: int  # masks per validation window in the final evaluation
-    texts: int  # generated texts per decoder, a multiple of GROUPS
-    blanks: int  # windows with a blank to fill
-    candidates: int  # AR's guesses per blank, for rescoring
-    repeats: int  # generations from the same prompt
-    step_counts: tuple[int, ...]
+    step_counts: tuple[int, ...]  # of the decoders that are compared
+    nelbo_samples: int = 8  # masks per validation window in the final evaluation
+    texts: int = 64  # generated texts per decoder, a multiple of GROUPS
+    blanks: int = 300  # windows with a blank to fill
+    candidates: int = 4  # AR's guesses per blank, for rescoring
+    repeats: int = 32  # generations from the same prompt
     compiled: bool = False
 
     def model(self, vocab_size: int, causal: bool, **changes) -> ModelConfig:
@@ -1515,25 +1499,20 @@ class Preset:
         return {name: Job(self.model(vocab_size, causal), config, train_ids, val_ids) for name, causal, config in kinds}
 
 
-PRESETS = {
-    "smoke": Preset(
-        "smoke", 64, 2, 2, 32, 0.0, *[TrainConfig(200, 16, evals=5, eval_windows=32)] * 2, nelbo_samples=1, texts=16, blanks=16,
-        candidates=2, repeats=4, step_counts=(4, 16, 64)),
-    "cpu": Preset(
-        "cpu", 128, 5, 4, 128, 0.0, llada=TrainConfig(3150, 32, 0.015, evals=21), ar=TrainConfig(1060, 32, weight_decay=0.2),
-        compiled=True, nelbo_samples=8, texts=64, blanks=300, candidates=4, repeats=32, step_counts=(8, 16, 32, 64, 128)),
-    "gpu": Preset(
-        "gpu", 256, 6, 6, 384, 0.1, llada=TrainConfig(6000, 64, adamw_lr=2e-3, evals=30),
-        ar=TrainConfig(2500, 64, adamw_lr=2e-3, evals=25),
-        nelbo_samples=16, texts=128, blanks=1000, candidates=8, repeats=32, step_counts=(8, 16, 32, 64, 128, 256)),
-}  # fmt: skip
-LONG = replace(PRESETS["cpu"], name="cpu_long", seq_len=256, n_layer=6, n_head=5, n_embd=160)
-PRESETS["cpu_long"] = replace(LONG, llada=TrainConfig(6000, 16, 0.015, evals=15), ar=TrainConfig(1500, 16, weight_decay=0.1))
+LITTLE, CPU_COUNTS = TrainConfig(200, 16, evals=5, eval_windows=32), (8, 16, 32, 64, 128)
+PRESETS = {preset.name: preset for preset in (
+    Preset("smoke", 64, 2, 2, 32, 0.0, LITTLE, LITTLE, (4, 16, 64), 1, texts=16, blanks=16, candidates=2, repeats=4),
+    Preset("cpu", 128, 5, 4, 128, 0.0, TrainConfig(3150, 32, 0.015, evals=21), TrainConfig(1060, 32, weight_decay=0.2),
+           CPU_COUNTS, compiled=True),
+    Preset("gpu", 256, 6, 6, 384, 0.1, TrainConfig(6000, 64, adamw_lr=2e-3, evals=30),
+           TrainConfig(2500, 64, adamw_lr=2e-3, evals=25), (*CPU_COUNTS, 256), 16, texts=128, blanks=1000, candidates=8),
+    Preset("cpu_long", 256, 6, 5, 160, 0.0, TrainConfig(6000, 16, 0.015, evals=15), TrainConfig(1500, 16, weight_decay=0.1),
+           CPU_COUNTS, compiled=True),
+)}  # fmt: skip
 
 
 def choose_preset() -> Preset:
     """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu"."""
     name = os.environ.get("LLADA_PRESET") or ("gpu" if torch.cuda.is_available() else "cpu")
-    if name not in PRESETS:
-        raise ValueError(f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
+    _refuse(name not in PRESETS, f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
     return PRESETS[name]
