@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
 from collections import Counter
@@ -948,32 +947,19 @@ class Generation:
 
 
 def _inference(function):
-    """No gradients, and evaluation mode for the time of the call if the mask predictor is a module."""
+    """Decorator: no gradients, evaluation mode, and tensors on the model's device, or on the CPU if that has no float64."""
     @functools.wraps(function)
     def wrapped(model, *args, **kwargs):
-        was_training = isinstance(model, nn.Module) and model.training
-        try:
-            return torch.no_grad()(function)(model.eval() if was_training else model, *args, **kwargs)
-        finally:
-            if was_training:
-                model.train()
-    return wrapped
-
-
-def _float64(x: Tensor) -> Tensor:
-    """x in float64, on the CPU where its device has none (Apple's)."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
-def _placed(function):
-    """Decorator: ids on the model's device, whatever it is; on the CPU, but for the model, if that device has no float64."""
-    @functools.wraps(function)
-    def wrapped(model, ids, *args, **kwargs):
-        parameter = next(model.parameters(), ids) if isinstance(model, nn.Module) else ids
-        asked, home = parameter.device, _float64(parameter.detach().flatten()[:0]).device
-        predict = model if home == asked else lambda x: model(x.to(asked)).to(home)
+        module = model if isinstance(model, nn.Module) else nn.Identity()
+        asked, was_training = next(module.parameters(), args[0]).device, module.training
+        home = torch.device("cpu") if asked.type == "mps" else asked
+        predict = model if home == asked else lambda ids, **options: model(ids.to(asked), **options).to(home)
         args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
-        return _inference(function)(predict, ids.to(home), *args, **kwargs)
+        try:
+            module.eval()
+            return torch.no_grad()(function)(predict, *args, **kwargs)
+        finally:
+            module.train(was_training)
     return wrapped
 
 
@@ -992,7 +978,7 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     _refuse(bool(best.isneginf().any()), "every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
         return tokens
-    probs = (_float64(logits - best[:, None]) / temperature).exp()  # times a constant of the row
+    probs = ((logits - best[:, None]).double() / temperature).exp()  # times a constant of the row
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(dim=-1) - ranked >= top_p * probs.sum(dim=-1, keepdim=True)] = 0  # the first token always stays
@@ -1001,7 +987,7 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     total = cdf[:, -1:]
     point = _uniform((len(cdf), 1), cdf, generator, torch.float64) * total
     drawn = torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)
-    return drawn[:, 0].to(logits.device)
+    return drawn[:, 0]
 
 
 # Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L].
@@ -1092,7 +1078,7 @@ def named_strategy(remasking: str | Strategy, generator: torch.Generator | None,
 
 
 @_checked()
-@_placed
+@_inference
 def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, steps: int, temperature=0.0, top_p=1.0,
                     remasking: str | Strategy = "low_confidence", block_length: int | None = None,
                     forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
@@ -1179,7 +1165,7 @@ def token_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Te
 
 
 @_checked()
-@_placed
+@_inference
 def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None) -> Tensor:
     """Exact -log p of each sequence [B, L] under the AR model, sum_i -log p(x_i | x_1 ... x_{i-1}), FloatTensor[B], nats (Eq. 2).
 
@@ -1203,7 +1189,7 @@ def stratified_shares(n_samples: int, like: Tensor, generator: torch.Generator |
 
 
 @_checked()
-@_placed
+@_inference
 def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
           generator: torch.Generator | None = None) -> Tensor:
     """Bound on -log p of sequences [B, L], [B] nats: for each stratum l, mask exactly l of n, n/l times their cost (Eqs. 4, 6).
@@ -1377,7 +1363,7 @@ def show(*things: Callable) -> None:
 
 def shown_source(thing: Callable) -> str:
     """What `show` displays: the source without private decorators, and of each docstring the first paragraph."""
-    source = textwrap.dedent(inspect.getsource(thing)).rstrip()
+    source = inspect.cleandoc("\n" + inspect.getsource(thing))
     shown = re.sub(r"^ *@_.*\n", "", source, flags=re.M)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

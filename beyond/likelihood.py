@@ -14,14 +14,14 @@ MANY_SAMPLES = 16  # from here on, more of the masks are spent on small l
 
 
 @H._checked()
-@H._placed
+@H._inference
 def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
     """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
     return H.token_nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
 
 
 @H._checked()
-@H._placed
+@H._inference
 def low_noise_nelbo(
     model: MaskPredictor,
     sequences: Tensor,
@@ -100,7 +100,7 @@ def _what_others_say(nll: Tensor, hidden: Tensor, count: Tensor, x: Tensor, line
 
 
 @H._checked()
-@H._placed
+@H._inference
 def any_order_nll(
     model: MaskPredictor,
     sequences: Tensor,
