@@ -20,11 +20,11 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +40,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from huggingface_hub import PyTorchModelHubMixin
 from IPython.display import HTML, Markdown, display
 from matplotlib import font_manager
@@ -333,7 +334,7 @@ class KVCache:
 
 
 class RMSNorm(torch.autograd.Function):
-    """x divided by the root of its mean square over the last dimension: eight kernels with its gradient, PyTorch's own fifteen."""
+    """x over the root of its mean square along the last dimension; eight kernels with the gradient, PyTorch's takes fifteen."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.shape[-1] ** -0.5
@@ -387,7 +388,8 @@ class Block(nn.Module):
 class Transformer(nn.Module, PyTorchModelHubMixin):
     """Ids LongTensor[B, L] to logits FloatTensor[B, L, vocab_size], L at most `config.seq_len`; a mask predictor, or AR.
 
-    [PAD] is never attended to. `padding` says whether ids hold any; None looks, for which a GPU must stop. `save_pretrained`, `from_pretrained`, `push_to_hub` come from huggingface_hub (safetensors, json).
+    [PAD] is never attended to. `padding` says whether ids hold any; at None it looks, for which a GPU has to stop.
+    `save_pretrained`, `from_pretrained`, `push_to_hub` come from huggingface_hub (safetensors, json).
     """
     padding: bool | None = None
 
@@ -538,22 +540,19 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None and "parts" in group]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
+        for group in (group for group in self.param_groups if "parts" in group):
+            params, rate = group["params"], group["lr"]
             for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in params]
+                self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+            grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - 0.95)
-            updates = torch.stack(torch._foreach_lerp(grads, momenta, 0.95))  # [n, rows, columns]
-            n, rows, columns = updates.shape
-            rows //= group["parts"]
-            updates = orthogonalize(updates.view(n * group["parts"], rows, columns)).reshape(n, -1, columns)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+            updates = torch._foreach_lerp(grads, momenta, 0.95)
+            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+            pairs = [pair for p, u, n in zip(params, updates, group["parts"]) for pair in zip(p.chunk(n), u.chunk(n))]
+            for rows, columns in dict.fromkeys(update.shape for _, update in pairs):  # one product for all of equal shape
+                equal = [pair for pair in pairs if pair[1].shape == (rows, columns)]
+                matrices = orthogonalize(torch.stack([update for _, update in equal])).unbind()
+                torch._foreach_add_([part for part, _ in equal], matrices, alpha=-rate * max(1, rows / columns) ** 0.5)
             for p in params:  # AdamW passes over what has no gradient
                 p.grad = None
         super().step()
@@ -561,11 +560,11 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embeddings and head, or for all if `muon_lr` is 0; "peak": their rates."""
-    groups = []
-    for name, parts in {"qkv": 3, "attention_out": 1, "mlp_in": 1, "mlp_out": 1}.items() if config.muon_lr else ():
-        groups.append({"params": [getattr(b, name).weight for b in model.blocks], "lr": config.muon_lr, "parts": parts})
-    in_muon = {id(p) for group in groups for p in group["params"]}
-    groups.append({"params": [p for p in model.parameters() if id(p) not in in_muon], "lr": config.adamw_lr})
+    parts = {"qkv": 3, "attention_out": 1, "mlp_in": 1, "mlp_out": 1} if config.muon_lr else {}
+    matrices = {getattr(block, name).weight: n for name, n in parts.items() for block in model.blocks}
+    groups = [{"params": [p for p in model.parameters() if p not in matrices], "lr": config.adamw_lr}]
+    if matrices:
+        groups.insert(0, {"params": list(matrices), "lr": config.muon_lr, "parts": list(matrices.values())})
     return Muon([group | {"peak": group["lr"]} for group in groups], config.weight_decay)
 
 
@@ -627,8 +626,9 @@ class Job:
 
     @torch.no_grad()
     def validation_accuracy(self, model: MaskPredictor, sequences: Tensor) -> float:
-        """Share of right predictions in one fixed batch, weighted as in the loss: for LLaDA over all masking rates alike."""
-        inputs, targets, weight = self.batch_function(sequences, torch.Generator().manual_seed(0), self.learned(sequences))
+        """Share of right predictions, with fixed masks for LLaDA, weighted as in the loss: each masking rate counts alike."""
+        make_batch = next_token_batch if self.batch_function is next_token_batch else diffusion_batch
+        inputs, targets, weight = make_batch(sequences, torch.Generator().manual_seed(0), self.learned(sequences))
         predicted = model(inputs.to(next(model.parameters()).device)).argmax(dim=-1).cpu()
         return float((weight * (predicted == targets)).sum() / weight.sum())
 
@@ -636,7 +636,7 @@ class Job:
 @dataclass
 class Run:
     """A finished or interrupted training run: the best model, the metrics, the record with the final numbers, the directory."""
-    model: Transformer
+    model: nn.Module
     metrics: pd.DataFrame
     summary: dict
     path: Path
@@ -654,10 +654,10 @@ def training_batch(job: Job, step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def micro_batches(batch: tuple[Tensor, ...], accelerator: Accelerator) -> Iterator[tuple[Tensor, ...]]:
     """This process's share of a batch, on its device, in as many parts as gradients are accumulated over."""
+    device, gpu = accelerator.device, accelerator.device.type == "cuda"
     mine = [x.chunk(accelerator.num_processes)[accelerator.process_index] for x in batch]
-    if accelerator.device.type == "cuda":  # pinned, a batch travels while the GPU still computes the steps before
-        mine = [x.pin_memory().to(accelerator.device, non_blocking=True) for x in mine]
-    return zip(*(x.to(accelerator.device).chunk(accelerator.gradient_accumulation_steps) for x in mine))
+    mine = [(x.pin_memory() if gpu else x).to(device, non_blocking=gpu) for x in mine]  # travels while the GPU computes
+    return zip(*(x.chunk(accelerator.gradient_accumulation_steps) for x in mine))
 
 
 def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelerator, log: "TrainingLog") -> None:
@@ -684,7 +684,6 @@ def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelera
         log.step = step + 1
         if log.step in log.eval_steps:
             log.validate(norm)
-            log.save()
 
 
 @torch.random.fork_rng()
@@ -694,36 +693,39 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     A run is known by its fingerprint; `name` is for the reader. Under `root`, `runs/NAME-FINGERPRINT/` gets run.json,
     metrics.csv and TensorBoard events; `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json, model.safetensors) and, to go on
     from, last.state and the one before it, previous.state. `LLADA_RETRAIN=1` trains from the start whatever is there. Ctrl-C
-    returns what there is. Several processes (`accelerate launch`, `torchrun`) share each batch. `quiet`: no bar, no message.
+    returns what there is. Several processes (`accelerate launch`, `torchrun`) share each batch; a second call beside waits.
+    `compiled`: torch.compile the blocks, where that works. `quiet`: no bar, no message.
 
     ValueError: no ids, too few steps, a batch that processes and micro-batches cannot share evenly, no sound checkpoint.
-    RuntimeError: the loss is not finite or far above a blank model's; says where, and which is the last good checkpoint.
+    RuntimeError: a loss is not finite, or that of training above a blank model's; says where, and which is the last checkpoint.
     """
-    gpu, parts = torch.cuda.is_available(), max(1, job.train.accumulation)
-    accelerator = Accelerator(cpu=not gpu, mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
+    device, parts = best_device(), max(1, job.train.accumulation)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
     _check_job(job, accelerator.num_processes)
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
-    if log.record["complete"]:
-        if not quiet:
-            print(f"{name}: complete since before, loaded from {log.path}")
+    with log.alone():
+        if log.complete():
+            if not quiet:
+                print(f"{name}: complete since before, loaded from {log.path}")
+            return log.run()
+        torch.manual_seed(job.train.seed)
+        model = job.architecture(job.model).to(accelerator.device)
+        if job.start:
+            model.load_state_dict(job.start.state_dict())
+        optimizer = make_optimizer(model, job.train)
+        log.start(model, optimizer)
+        network, prepared = accelerator.prepare(model, optimizer)
+        for block in model.blocks if compiled and works(device, compiled=True) else ():
+            block.compile()
+        try:
+            log.write()
+            training_loop(network, prepared, job, accelerator, log)
+            log.record["complete"] = True
+        except KeyboardInterrupt:
+            print(f"\n{name}: interrupted at step {log.step}; {log.kept()}")
+        finally:
+            log.write()
         return log.run()
-    torch.manual_seed(job.train.seed)
-    model = job.architecture(job.model).to(accelerator.device)
-    if job.start:
-        model.load_state_dict(job.start.state_dict())
-    optimizer = make_optimizer(model, job.train)
-    log.start(model, optimizer)
-    network, prepared = accelerator.prepare(model, optimizer)
-    for block in model.blocks if compiled and (gpu or shutil.which(os.environ.get("CXX", "g++"))) else ():
-        block.compile()
-    try:
-        training_loop(network, prepared, job, accelerator, log)
-        log.record["complete"] = True
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted at step {log.step}; running the same again goes on from {log.states[0]}")
-    finally:
-        log.write_record()
-    return log.run()
 
 
 def _check_job(job: Job, processes: int) -> None:
@@ -736,67 +738,96 @@ def _check_job(job: Job, processes: int) -> None:
         raise ValueError(f"batch_size={config.batch_size}: pass a multiple of {shares}")
 
 
+METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm")
+
+
 class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
-        self.job, self.accelerator, self.quiet, mark = job, accelerator, quiet, job.fingerprint()
-        self.step, self.noted, self.writer = 0, [], None
-        known = sorted(path.name for path in root.glob(f"runs/*-{mark}"))  # the same training, under whatever name
-        folder = (known or [f"{name}-{mark}"])[0]
+        self.job, self.accelerator, self.mark, self.main = job, accelerator, job.fingerprint(), accelerator.is_main_process
+        known = sorted(path.name for path in root.glob(f"runs/*-{self.mark}"))  # the same training, under whatever name
+        folder = (known or [f"{name}-{self.mark}"])[0]
         self.path, self.best = root / "runs" / folder, root / "checkpoints" / folder / "best"
         self.states = [self.best.with_name(f"{age}.state") for age in ("last", "previous")]
-        self.progress = {"fingerprint": mark, "rows": [], "seconds": 0.0}
+        self.step, self.rows, self.noted, self.silent = 0, [], [], quiet or not self.main
         self.eval_steps = {round(job.train.steps * (i + 1) / job.train.evals) for i in range(job.train.evals)}
-        self.record, record = {"name": name, "complete": False, **job.settings()}, self.path / "run.json"
-        if os.environ.get("LLADA_RETRAIN") == "1":
-            for path in (record, self.path / "metrics.csv", *self.states) if accelerator.is_main_process else ():
-                path.unlink(missing_ok=True)
-        elif record.exists() and (self.best / "model.safetensors").exists():
-            self.record = json.loads(record.read_text())
+        self.anew = os.environ.get("LLADA_RETRAIN") == "1"
+        self.record = {"name": name, "complete": False, **job.settings()}
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait for whoever else is at this training. The system takes the lock from a process that is killed."""
+        with contextlib.ExitStack() as held:
+            if self.main:
+                lock = FileLock(self.path / "lock")
+                try:
+                    held.enter_context(lock.acquire(timeout=0))
+                except Timeout:
+                    print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
+                    held.enter_context(lock)
+            self.accelerator.wait_for_everyone()
+            yield
+
+    def complete(self) -> bool:
+        """Whether the run is complete; then `record` is what it left. A damaged record is written anew from the last state."""
+        record = self.path / "run.json"
+        if not self.anew and record.exists() and (self.best / "model.safetensors").exists():
+            with contextlib.suppress(ValueError):
+                self.record = json.loads(record.read_text())
+        return self.record["complete"]
 
     def start(self, model: nn.Module, optimizer: Muon) -> None:
-        """Take the newest sound state, if there is one, and open the record and TensorBoard."""
+        """Take the newest sound state, if there is one, and begin the record."""
         self.model, self.optimizer, job, accelerator = model, optimizer, self.job, self.accelerator
-        model.register_forward_hook(lambda _, ids, logits: setattr(self, "logits", logits.detach()))
-        self.best.mkdir(parents=True, exist_ok=True)
-        accelerator.wait_for_everyone()
+        for left_by_a_kill in (*self.path.glob(".*.*"), *self.best.parent.rglob(".*.*")) if self.main else ():
+            left_by_a_kill.unlink()
         self._resume()
+        model.register_forward_hook(lambda _, ids, logits: setattr(self, "logits", logits.detach()))
         self.twin = job.architecture(job.model).to(accelerator.device).eval()  # eager, full precision, any shape
         self.record |= {"parameters": sum(p.numel() for p in model.parameters()), "processes": accelerator.num_processes}
         self.record |= {"precision": accelerator.mixed_precision, "characters": job.train_ids.numel(), **describe_machine()}
         self.record["data_sha256"] = hashlib.sha256(job.train_ids.numpy().tobytes()).hexdigest()
-        self.write_record()
-        self.writer = SummaryWriter(self.path, purge_step=self.step) if accelerator.is_main_process else None
-        self.started = time.perf_counter()
+        self.writer = SummaryWriter(self.path, purge_step=self.step) if self.main else None
+        self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def _resume(self) -> None:
-        found = [path for path in self.states if path.exists()]
+        found = [path for path in self.states if path.exists() and not self.anew]
         for path in found:
             try:
-                self.progress = load_state(path, self.progress["fingerprint"], self.model, self.optimizer)
+                notes = load_state(path, self.mark, self.model, self.optimizer)
                 break
             except ValueError as error:
                 if path == found[-1]:
                     raise
                 warnings.warn(f"{error}; going on from the one before it", stacklevel=5)
-        self.step = self.progress["rows"][-1]["step"] if found else 0
-        if "scaler" in self.progress:
-            self.accelerator.scaler.load_state_dict(self.progress["scaler"])
+        else:
+            return
+        self.rows, self.step = notes["rows"], notes["rows"][-1]["step"]
+        scaler, kept = self.accelerator.scaler, notes.get("scaler")
+        if scaler and kept:
+            scaler.load_state_dict(kept)
+        elif scaler or kept:
+            warnings.warn(f"going on in {self.accelerator.mixed_precision} precision, unlike before", stacklevel=5)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and found and path == self.states[1]:  # or a damaged one would replace it
+        if self.main and path == self.states[1]:  # or a damaged one would replace it
             os.replace(path, self.states[0])
+
+    def kept(self) -> str:
+        """What there is to go on from."""
+        last = next((path for path in self.states if path.exists()), None)
+        return f"running the same again goes on from {last}" if last else "there is no checkpoint yet"
 
     def steps_left(self) -> Iterator[int]:
         """The numbers of the steps to make, with a progress bar."""
+        todo, total = range(self.step, self.job.train.steps), self.job.train.steps
         shown = {"desc": self.record["name"], "file": sys.stdout, "mininterval": 10, "delay": 5, "ncols": 100}
-        todo, silent = range(self.step, self.job.train.steps), self.quiet or not self.writer
-        self.bar = tqdm(todo, initial=self.step, total=self.job.train.steps, disable=silent, **shown)
+        self.bar = tqdm(todo, initial=self.step, total=total, disable=self.silent, **shown)
         return self.bar
 
     def note(self, loss: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Keep a micro-batch's loss, and the weights of right predictions and of all, as tensors that nobody waits for."""
         right = weight * (self.logits.argmax(dim=-1) == targets)
-        self.noted.append(torch.stack((loss, right.sum() / len(right), weight.sum() / len(right))))
+        self.noted.append((loss, torch.stack((right, weight)).sum(dim=(1, 2)) / len(weight)))
 
     def validate(self, norm: Tensor) -> None:
         """Add a row to the metrics; RuntimeError if a loss is not finite, or the training loss above a blank model's, ln V.
@@ -805,65 +836,79 @@ class TrainingLog:
         validation loss that rises while the training loss falls is overfitting, which best/ has the answer to.
         """
         config, sequences = self.job.train, self.job.validation_sequences()
-        train_loss, right, weight = self.accelerator.reduce(torch.stack(self.noted).mean(dim=0), "mean").tolist()
+        losses, weights = (torch.stack(noted).mean(dim=0) for noted in zip(*self.noted))
+        train_loss, right, weight = self.accelerator.reduce(torch.cat((losses[None], weights)), "mean").tolist()
         self.twin.load_state_dict(self.model.state_dict())
         val_loss = float(self.job.validation_nats(self.twin, sequences).sum() / self.job.learned(sequences).sum())
-        factor = learning_rate_factor(self.step - 1, config)
-        self.progress["seconds"] += time.perf_counter() - self.started
-        row = {"step": self.step, "tokens": self.step * config.batch_size * self.job.model.seq_len}
-        row |= {"seconds": round(self.progress["seconds"], 2), "train_loss": train_loss, "val_loss": val_loss}
-        row |= {"train_acc": right / max(weight, 1e-9), "val_acc": self.job.validation_accuracy(self.twin, sequences)}
-        row |= {"lr": config.muon_lr * factor, "grad_norm": float(norm)}
+        accuracies = right / max(weight, 1e-9), self.job.validation_accuracy(self.twin, sequences)
+        factor, tokens = learning_rate_factor(self.step - 1, config), self.step * config.batch_size * self.job.model.seq_len
+        counts = self.step, tokens, round(time.perf_counter() - self.started, 2)
+        row = dict(zip(METRICS, (*counts, train_loss, val_loss, *accuracies, config.muon_lr * factor, float(norm))))
         blank = math.log(self.job.model.vocab_size) * weight * (1 if self.step > 100 else 3)
         if not (train_loss <= blank and math.isfinite(train_loss + val_loss)):
-            kept = f"the last good checkpoint is {self.states[0]}" if self.states[0].exists() else "there is no checkpoint yet"
             rates = f"now {factor:.3g} x {config.muon_lr} and {config.adamw_lr}"
-            raise RuntimeError(f"{row}: worse than a blank model; lower muon_lr or adamw_lr, {rates}; {kept}")
-        self.progress["rows"].append(row)
+            raise RuntimeError(f"{row}: worse than a blank model; lower muon_lr or adamw_lr, {rates}; {self.kept()}")
+        self.rows.append(row)
+        self.noted = []
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
-        self.noted, self.started = [], time.perf_counter()
+        if self.main:
+            self._save(row)
+        self.write()
 
-    def save(self) -> None:
-        """The model to best/ if it is, metrics, TensorBoard, the state to go on from."""
-        rows = pd.DataFrame(self.progress["rows"])
-        if not self.writer:
-            return
-        if rows["val_loss"].idxmin() == len(rows) - 1:
-            with tempfile.TemporaryDirectory(dir=self.best.parent) as temporary:  # so that no reader sees half a model
-                self.twin.save_pretrained(temporary)
-                for file in sorted(Path(temporary).iterdir()):
-                    os.replace(file, self.best / file.name)
-        for key in ("train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm"):
-            self.writer.add_scalar(key, rows[key].iloc[-1], self.step)
-        if self.accelerator.scaler:
-            self.progress["scaler"] = self.accelerator.scaler.state_dict()
-        write_atomically(self.path / "metrics.csv", rows.to_csv(index=False).encode())
-        save_state(*self.states, self.model, self.optimizer, self.progress)
+    def _save(self, row: dict) -> None:
+        if row["val_loss"] == min(earlier["val_loss"] for earlier in self.rows):
+            save_model(self.best, self.twin)
+        for key in METRICS[3:]:
+            self.writer.add_scalar(key, row[key], self.step)
+        scaler = self.accelerator.scaler
+        notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler and scaler.state_dict()}
+        save_state(*self.states, self.model, self.optimizer, notes)
 
-    def write_record(self) -> None:
-        """Write the record as it stands, with the last row of the metrics."""
-        if rows := self.progress["rows"]:
-            self.record |= {"best": min(row["val_loss"] for row in rows), **{key: rows[-1][key] for key in ("tokens", "seconds")}}
-        if self.accelerator.is_main_process:
+    def write(self) -> None:
+        """Write record and metrics as they stand."""
+        rows = self.rows or [dict.fromkeys(METRICS, 0) | {"val_loss": math.nan}]
+        self.record |= {"best": min(row["val_loss"] for row in rows), **{key: rows[-1][key] for key in ("tokens", "seconds")}}
+        if self.main:
+            write_atomically(self.path / "metrics.csv", pd.DataFrame(self.rows, columns=METRICS).to_csv(index=False).encode())
             write_atomically(self.path / "run.json", json.dumps(self.record, indent=1).encode())
-        if self.writer:
-            self.writer.close()
         self.accelerator.wait_for_everyone()
 
     def run(self) -> Run:
         """What is on disk; the model as it is, if it was never validated."""
-        metrics = self.path / "metrics.csv"
         if (self.best / "model.safetensors").exists():
             self.twin = load_model(self.best, self.job.architecture).to(self.accelerator.device)
         else:
             self.twin.load_state_dict(self.model.state_dict())
-        return Run(self.twin, pd.read_csv(metrics) if metrics.exists() else pd.DataFrame(), self.record, self.path)
+        metrics = pd.read_csv(self.path / "metrics.csv", converters=dict.fromkeys(METRICS[2:], float))  # to the last digit
+        return Run(self.twin, metrics, self.record, self.path)
+
+
+def save_model(directory: Path, model: nn.Module) -> None:
+    """config.json and model.safetensors, as `from_pretrained` reads them, and sha256: of these two and of those before them.
+
+    Each file is whole at every moment, and a kill between two of them leaves a model that one of the checksums is of.
+    """
+    config, weights = json.dumps(asdict(model.config)).encode(), safetensors.torch.save(model.state_dict())
+    sums = directory / "sha256"
+    known = sums.read_text().split()[:1] if sums.exists() else []
+    write_atomically(sums, "\n".join([hashlib.sha256(config + weights).hexdigest(), *known]).encode())
+    write_atomically(directory / "config.json", config)
+    write_atomically(directory / "model.safetensors", weights)
 
 
 def load_model(directory: str | os.PathLike, architecture: type = Transformer) -> nn.Module:
-    """`from_pretrained` of a local directory, in evaluation mode, without its chatter on standard output."""
-    with contextlib.redirect_stdout(None):
-        return architecture.from_pretrained(directory).eval()
+    """What `save_model` or `save_pretrained` wrote, in evaluation mode. ValueError if it is not there or damaged."""
+    paths = [Path(directory) / name for name in ("config.json", "model.safetensors", "sha256")]
+    try:
+        config, weights = (path.read_bytes() for path in paths[:2])
+        if paths[2].exists() and hashlib.sha256(config + weights).hexdigest() not in paths[2].read_text().split():
+            raise ValueError("config.json and model.safetensors are not of that checksum")
+        model = architecture(ModelConfig(**json.loads(config)))
+        model.load_state_dict(safetensors.torch.load(weights))
+    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        remedy = "pass the best/ of a run; LLADA_RETRAIN=1 trains a damaged one again"
+        raise ValueError(f"no sound model in {directory} ({error}); {remedy}") from error
+    return model.eval()
 
 
 def save_state(path: Path, older: Path, model: nn.Module, optimizer: Muon, notes: dict) -> None:
@@ -882,33 +927,64 @@ def load_state(path: Path, mark: str, model: nn.Module, optimizer: Muon) -> dict
     digest, data = path.read_bytes()[:32], path.read_bytes()[32:]
     if hashlib.sha256(data).digest() != digest:
         raise ValueError(f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start")
-    tensors, state = safetensors.torch.load(data), {}
-    notes = json.loads(bytes(tensors.pop("notes").tolist()))
+    tensors, state = safetensors.torch.load(data), optimizer.state_dict()
+    notes = json.loads(bytes(tensors["notes"].tolist()))
     if notes["fingerprint"] != mark:
         raise ValueError(f"the checkpoint {path} is of another run, {notes['fingerprint']}, not of {mark}; delete it")
-    for key in [k for k in tensors if k.startswith("optimizer.")]:
-        _, i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = tensors.pop(key)
-    model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for key in tensors:
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state["state"].setdefault(int(i), {})[name] = tensors[key]
+    model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
+    optimizer.load_state_dict(state)
     return notes
+
+
+@functools.cache
+def works(device: str, compiled: bool = False) -> bool:
+    """Whether a training step there, or a compiled one, ends as a plain one on the CPU; warns if not.
+
+    By trial: a GPU, a Mac's "mps" or a C++ compiler may be there and not work.
+    """
+    def trained(place: str, function: Callable) -> Tensor:
+        x = torch.eye(4, device=place, requires_grad=True)
+        function(x).backward()
+        torch.optim.AdamW([x], fused=True).step()
+        return x.detach().cpu()
+
+    def loss(x: Tensor) -> Tensor:
+        return (x @ x).tanh().sum()
+
+    try:
+        torch.testing.assert_close(trained(device, torch.compile(loss) if compiled else loss), trained("cpu", loss))
+    except Exception as error:  # a compiler or a driver may fail in any way
+        kind = "torch.compile" if compiled else device
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"{kind} does not work here ({reason}); training goes on without, more slowly", stacklevel=4)
+        return False
+    return True
+
+
+def best_device() -> str:
+    """"cuda", else "mps", where there is one that works, else "cpu"."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return next((name for name in there if there[name] and works(name)), "cpu")
+
+
+def mixed_precision() -> str:
+    """bf16 on GPUs that have it, fp16 with loss scaling on older ones (T4), full precision elsewhere ("no")."""
+    cuda = best_device() == "cuda"
+    return "no" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
 def describe_machine() -> dict[str, str]:
     """Device and versions, for the first cell and for each run's record."""
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "") or ["", "CPU"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu[1]}, {torch.get_num_threads()} threads"
-    ask = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(ask, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if best_device() == "cuda" else f"{cpu[1]}, {torch.get_num_threads()} threads"
+    status, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    return {"device": device, **versions, "commit": commit.strip() or "none"}
-
-
-def mixed_precision() -> str:
-    """bf16 on GPUs that have it, fp16 with loss scaling on older ones (T4), full precision on CPU ("no")."""
-    modern = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    return "bf16" if modern else "fp16" if torch.cuda.is_available() else "no"
+    return {"device": device, **versions, "commit": "none" if status else commit}
 
 
 def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
@@ -1479,6 +1555,13 @@ class Preset:
         sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "dropout": self.dropout, **changes}
         return ModelConfig(vocab_size, self.seq_len, causal=causal, **sizes)
 
+    def hours_on_cpu(self) -> float:
+        """Of both trainings here, judged by one matrix product: 6 operations a weight and token, half as fast as that product."""
+        x = torch.ones(1024, 1024)
+        rate = 2 * 1024**3 / min(timeit.repeat(lambda: x @ x, number=1)) / 2
+        tokens = (self.llada.steps * self.llada.batch_size + self.ar.steps * self.ar.batch_size) * self.seq_len
+        return 6 * 12 * self.n_layer * self.n_embd**2 * tokens / rate / 3600
+
     def jobs(self, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, Job]:
         """The two trainings of Part 6."""
         kinds = (("LLaDA", False, self.llada), ("AR", True, self.ar))
@@ -1490,8 +1573,9 @@ PRESETS = {preset.name: preset for preset in (
     Preset("smoke", 64, 2, 2, 32, 0.0, LITTLE, LITTLE, (4, 16, 64), 1, texts=16, blanks=16, candidates=2, repeats=4),
     Preset("cpu", 128, 5, 4, 128, 0.0, TrainConfig(3150, 32, 0.015, evals=21), TrainConfig(1060, 32, weight_decay=0.2),
            CPU_COUNTS, compiled=True),
-    Preset("gpu", 256, 6, 6, 384, 0.1, TrainConfig(6000, 64, adamw_lr=2e-3, evals=30),
-           TrainConfig(2500, 64, adamw_lr=2e-3, evals=25), (*CPU_COUNTS, 256), 16, texts=128, blanks=1000, candidates=8),
+    Preset("gpu", 256, 6, 6, 384, 0.2, TrainConfig(6000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=30),
+           TrainConfig(2000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=20), (*CPU_COUNTS, 256), 16, texts=128, blanks=1000,
+           candidates=8, compiled=True),
     Preset("cpu_long", 256, 6, 5, 160, 0.0, TrainConfig(6000, 16, 0.015, evals=15), TrainConfig(1500, 16, weight_decay=0.1),
            CPU_COUNTS, compiled=True),
 )}  # fmt: skip
@@ -1499,6 +1583,8 @@ PRESETS = {preset.name: preset for preset in (
 
 def choose_preset() -> Preset:
     """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu"."""
-    name = os.environ.get("LLADA_PRESET") or ("gpu" if torch.cuda.is_available() else "cpu")
+    name = os.environ.get("LLADA_PRESET") or ("gpu" if best_device() == "cuda" else "cpu")
     _refuse(name not in PRESETS, f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
+    if name == "gpu" and best_device() == "cpu":
+        print(f"No GPU here: the two trainings of the gpu preset alone take about {PRESETS[name].hours_on_cpu():.0f} hours.")
     return PRESETS[name]
