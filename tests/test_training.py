@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import tokenize
 import warnings
@@ -28,6 +29,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import PostNormEncoder
 from safetensors.torch import load
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import llada_helpers as h
 from beyond import blocks, losses, variants
@@ -158,11 +161,11 @@ def test_training_learns_and_leaves_its_record(tmp_path, causal):
     model = h.ModelConfig(10, 8, 1, 2, 8, causal=causal)
     run = h.train("learn", h.Job(model, config, ids, ids[:30]), root=tmp_path)
     assert run.metrics.val_loss.iloc[-1] < 0.5 < run.metrics.train_loss.iloc[0]
+    assert run.metrics.val_acc.iloc[-1] > 0.9 and run.metrics.train_acc.is_monotonic_increasing
     assert list(run.metrics.columns) == COLUMNS
     assert run.metrics.step.tolist() == [10, 20, 30]
     assert run.metrics.tokens.tolist() == [10 * 32, 20 * 32, 30 * 32]
-    on_disk = pd.read_csv(run.path / "metrics.csv")
-    pd.testing.assert_frame_equal(on_disk, run.metrics)
+    pd.testing.assert_frame_equal(pd.read_csv(run.path / "metrics.csv"), run.metrics)
     record = json.loads((run.path / "run.json").read_text())
     assert record == run.summary
     assert record["causal"] is causal and record["batch"] == ("next_token_batch" if causal else "diffusion_batch")
@@ -275,7 +278,7 @@ def test_interrupted_during_validation(reference, tmp_path, monkeypatch, occasio
     same_result(run, root, train(tmp_path), tmp_path)
 
 
-FILES = ["config.json", "model.safetensors", "metrics.csv", "previous.state", "last.state"]
+FILES = ["sha256", "config.json", "model.safetensors", "metrics.csv", "previous.state", "last.state"]
 RENAMES = [(file, occasion) for file in FILES for occasion in (1, 4 - (file[0] == "p"))]
 
 
@@ -537,14 +540,199 @@ def test_killed_between_the_two_renames_of_a_checkpoint(reference, tmp_path, mon
     same_result(run, root, resumed, tmp_path)
 
 
-def test_interrupted_before_the_first_validation_returns_the_model_as_it_is(tmp_path, interrupt_at):
-    """Not a third one, freshly drawn: with `start`, that would hand back noise for a trained model."""
+def test_interrupted_before_the_first_validation_returns_the_model_as_it_is(tmp_path, interrupt_at, capsys):
+    """Not a third one, freshly drawn: with `start`, that would hand back noise for a trained model. And nothing is promised."""
     start = trained_like(STEADY)
     interrupt_at(1)
     run = train(tmp_path, model=STEADY, config=replace(CONFIG, muon_lr=1e-9, adamw_lr=1e-9), start=start)
-    assert len(run.metrics) == 0
+    assert len(run.metrics) == 0 and list(run.metrics.columns) == COLUMNS
+    assert math.isnan(run.summary["best"]) and run.summary["tokens"] == run.summary["seconds"] == 0
+    said = capsys.readouterr().out
+    assert "step 0" in said and "no checkpoint" in said and ".state" not in said
     for p, q in zip(run.model.parameters(), start.parameters()):
-        assert torch.allclose(p, q, atol=1e-6)
+        assert torch.allclose(p.cpu(), q, atol=1e-6)
+
+
+BEST = {"cut to 0": cut(0), "cut to 100": cut(100), "weight": flip(0.9), "header": flip(0.05), "last byte": flip(1)}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", BEST)
+def test_damaged_best_model_is_refused_by_name(reference, tmp_path, damage, file):
+    """A finished run is as protected as a state."""
+    root = shutil.copytree(reference[1], tmp_path / "copy")
+    (best,) = root.glob("checkpoints/*/best")
+    (best / file).write_bytes(BEST[damage]((best / file).read_bytes()))
+    for load_it in (lambda: h.load_model(best), lambda: train(root)):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(best))}.*LLADA_RETRAIN=1"):
+            load_it()
+
+
+def test_what_damaged_best_says_to_do_helps(reference, tmp_path, monkeypatch):
+    run, root = reference[0], shutil.copytree(reference[1], tmp_path / "copy")
+    (best,) = root.glob("checkpoints/*/best")
+    (best / "model.safetensors").write_bytes(b"")
+    monkeypatch.setenv("LLADA_RETRAIN", "1")
+    same_result(run, reference[1], train(root), root)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(folder))}.*pass"):
+            h.load_model(folder)
+
+
+def test_a_model_saved_without_a_checksum_is_loaded(tmp_path):
+    model = trained_like(STEADY)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(h.load_model(tmp_path).head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2"])
+def test_damaged_record_is_written_anew(reference, tmp_path, text):
+    run, root = reference[0], shutil.copytree(reference[1], tmp_path / "copy")
+    (record,) = root.glob("runs/*/run.json")
+    record.write_text(text)
+    same_result(run, reference[1], train(root), root)
+
+
+def test_what_killed_processes_left_is_cleared_away(reference, copy):
+    """`.last.state.PID` and its like, as long as the model, in all three folders; nothing else that lies there."""
+    (run, reference_root), (root, last, _) = reference, copy
+    left = [folder / name for name in (".last.state.4711", ".run.json.12") for folder in (last.parent, last.parent / "best")]
+    (folder,) = root.glob("runs/*")
+    for path in (*left, folder / ".metrics.csv.4711", folder / "my notes.txt"):
+        path.write_text("half a file")
+    same_result(run, reference_root, train(root), root)
+    assert [p.name for p in root.rglob("*") if p.is_file() and p.read_bytes() == b"half a file"] == ["my notes.txt"]
+
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_waits_until_the_first_is_dead(reference, copy, capfd):
+    """Killed without clean-up, the first leaves no lock behind."""
+    (run, reference_root), (root, _, _) = reference, copy
+    (folder,) = root.glob("runs/*")
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(folder / "lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        second = threading.Thread(target=lambda: made.append(train(root)))
+        made = []
+        second.start()
+        second.join(1)
+        assert not made and second.is_alive() and re.search(rf"tiny.*{re.escape(str(folder))}.*waiting", capfd.readouterr().out)
+        first.send_signal(signal.SIGKILL)
+        second.join(60)
+    finally:
+        first.kill()
+        first.wait()
+    same_result(run, reference_root, made[0], root)
+
+
+def test_two_processes_at_the_same_training_end_alike(reference, tmp_path):
+    run, root = reference
+    code = "import sys, test_training as t; t.train(sys.argv[1])"
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [(process.communicate(timeout=120)[1][-2000:], process.returncode)[1] for process in both] == [0, 0]
+    same_result(run, root, train(tmp_path), tmp_path)
+    assert len(list(tmp_path.glob("runs/*/events.out.tfevents*"))) == 1, "one trained, one waited"
+
+
+def test_a_compiler_that_fails_is_done_without(reference, tmp_path):
+    """A g++ that is there and exits with 1: said once, trained as without it."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    code = (
+        "import sys, warnings, test_training as t\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for root in sys.argv[1:]:\n"
+        "        t.h.train('tiny', t.job_of(), root=root, compiled=True)\n"
+        "print(sum('torch.compile does not work here' in str(w.message) for w in caught), 'said')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    roots = [str(tmp_path / name) for name in "ab"]
+    done = subprocess.run([sys.executable, "-c", code, *roots], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 said" in done.stdout
+    same_result(reference[0], reference[1], train(roots[1]), roots[1])
+
+
+@pytest.fixture
+def no_memory_of_trials():
+    h.works.cache_clear()
+    yield
+    h.works.cache_clear()
+
+
+def test_a_device_that_is_there_and_does_not_work_is_done_without(no_memory_of_trials, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="mps does not work here"):
+        assert h.best_device() == "cpu"
+    assert h.mixed_precision() == "no"
+
+
+def test_a_device_that_trains_wrong_is_done_without(no_memory_of_trials, monkeypatch):
+    """As Macs had it: an optimizer's step that does nothing, and says nothing."""
+    step, steps = torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1) or (len(steps) > 1 and step(self)))
+    with pytest.warns(UserWarning, match="cpu does not work here"):
+        assert not h.works("cpu")
+    assert h.works.cache_clear() or h.works("cpu")
+
+
+def test_training_needs_no_float64(tmp_path):
+    """A Mac's GPU has none. Validation aside, which is the estimators' own affair."""
+
+    class NoDoubles(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(result)), function
+            return result
+
+    def watched(batch, accelerator):
+        with NoDoubles():
+            yield from original(batch, accelerator)
+
+    original = h.micro_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h, "micro_batches", watched)
+        assert train(tmp_path).summary["complete"]
+
+
+def test_overfitting_does_not_stop_a_training(tmp_path, monkeypatch):
+    """A validation loss far above a blank model's, while the training loss falls: best/ has the model from before."""
+    nats, factors = h.Job.validation_nats, iter([1, 5, 50, 500])
+    monkeypatch.setattr(h.Job, "validation_nats", lambda *given: nats(*given) * next(factors))
+    run = train(tmp_path)
+    assert run.summary["complete"] and run.metrics.val_loss.max() > 9 * math.log(10)
+    assert run.summary["best"] == run.metrics.val_loss.iloc[0]
+    monkeypatch.undo()
+    rows = job_of().validation_sequences()
+    assert val_loss(run.model, rows) == pytest.approx(run.summary["best"], abs=1e-5)
+
+
+def test_a_training_loss_above_a_blank_models_stops_it(tmp_path):
+    """Once it has had time, after the hundredth step: here targets that change as soon as they are learned."""
+
+    def turning(sequences, generator, learned):
+        inputs, targets, weight = h.diffusion_batch(sequences, generator, learned)
+        return inputs, torch.full_like(targets, 4 + generator.initial_seed() // 4 % 6), weight
+
+    config = replace(CONFIG, steps=100, evals=4, muon_lr=0.0, adamw_lr=0.1, decay=0.0)
+    assert train(tmp_path, config, make_batch=turning).metrics.train_loss.max() > math.log(10)
+    with pytest.raises(RuntimeError, match=r"'step': 104\b.*lower.*last\.state"):
+        train(tmp_path, replace(config, steps=104), make_batch=turning)
 
 
 def mark(**changes):
@@ -725,7 +913,7 @@ def test_exploding_training_stops(tmp_path):
     assert str(path) in str(error.value) and 0 < step_of(path) < int(step)
     (folder,) = tmp_path.glob("runs/*")
     assert complete(tmp_path) == [False]
-    assert pd.read_csv(folder / "metrics.csv").val_loss.max() < 3 * math.log(10)
+    assert pd.read_csv(folder / "metrics.csv").train_loss.max() < 3 * math.log(10)
 
 
 def test_exploding_at_the_first_validation_names_no_checkpoint(tmp_path):
@@ -1121,7 +1309,7 @@ def loop(monkeypatch, job, scaler=None):
     accelerator.scaler = scaler
     model = h.Transformer(job.model)
     network, optimizer = accelerator.prepare(model, h.make_optimizer(model, job.train))
-    log = SimpleNamespace(steps_left=lambda: range(3), note=lambda *_: None, eval_steps={1, 2, 3}, validate=norms.append, save=int)
+    log = SimpleNamespace(steps_left=lambda: range(3), note=lambda *_: None, eval_steps={1, 2, 3}, validate=norms.append)
     with monkeypatch.context() as patch:
         if scaler:
             patch.setattr(accelerator, "native_amp", True)
@@ -1157,8 +1345,10 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(monkeypatch):
     assert optimizer.step_was_skipped and scaler.get_scale() == 2.0**7
 
 
-def test_a_resumed_loss_scale_is_where_it_was(reference, tmp_path, monkeypatch):
-    """What a GPU without bfloat16 needs to go on exactly."""
+@pytest.fixture
+def scaled(monkeypatch):
+    """Calls of `train` under a loss scale, as on a GPU without bfloat16, and the accelerators that they had."""
+    made = []
 
     def with_scaler(*given, **options):
         accelerator = accelerate(*given, **options)
@@ -1166,12 +1356,34 @@ def test_a_resumed_loss_scale_is_where_it_was(reference, tmp_path, monkeypatch):
         made.append(accelerator)
         return accelerator
 
-    accelerate, made = h.Accelerator, []
-    monkeypatch.setattr(h, "Accelerator", with_scaler)
+    def call(*given, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(h, "Accelerator", with_scaler)
+            return train(*given, **options)
+
+    accelerate = h.Accelerator
+    return call, made
+
+
+def test_a_resumed_loss_scale_is_where_it_was(scaled, tmp_path, monkeypatch):
+    """What a GPU without bfloat16 needs to go on exactly."""
+    scaled_train, made = scaled
     with monkeypatch.context() as patch:
         interrupt_in(patch, 6)
-        train(tmp_path, model=STEADY)
-    train(tmp_path, model=STEADY)
-    train(tmp_path / "whole", model=STEADY)
+        scaled_train(tmp_path, model=STEADY)
+    scaled_train(tmp_path, model=STEADY)
+    scaled_train(tmp_path / "whole", model=STEADY)
     scales = [accelerator.scaler.state_dict() for accelerator in made]
     assert scales[1] == scales[2] != scales[0]
+
+
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_a_state_is_resumed_where_precision_is_another(scaled, tmp_path, monkeypatch, first):
+    """From a T4 to a CPU and back: the state has a loss scale that is of no use, or lacks one. It goes on, and says so."""
+    kinds = [scaled[0], train] if first == "with" else [train, scaled[0]]
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 6)
+        kinds[0](tmp_path, model=STEADY)
+    with pytest.warns(UserWarning, match="precision, unlike before"):
+        run = kinds[1](tmp_path, model=STEADY)
+    assert run.summary["complete"] and run.metrics.step.tolist() == [2, 4, 6, 8]
