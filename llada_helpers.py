@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -704,6 +703,7 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     _check_job(job, accelerator.num_processes)
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
     with log.alone():
+        accelerator.wait_for_everyone()
         if log.complete():
             if not quiet:
                 print(f"{name}: complete since before, loaded from {log.path}")
@@ -731,11 +731,10 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
 def _check_job(job: Job, processes: int) -> None:
     config = job.train
     sizes = (config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation)
-    if min(job.train_ids.numel(), job.val_ids.numel(), *sizes) < 1:
-        raise ValueError(f"{job.train_ids.numel()} + {job.val_ids.numel()} ids, {config}: pass at least one of each")
-    if config.batch_size % (processes * config.accumulation):
-        shares = f"{processes} processes x {config.accumulation} micro-batches"
-        raise ValueError(f"batch_size={config.batch_size}: pass a multiple of {shares}")
+    said = f"{job.train_ids.numel()} + {job.val_ids.numel()} ids, {config}: pass at least one of each"
+    _refuse(min(job.train_ids.numel(), job.val_ids.numel(), *sizes) < 1, said)
+    said = f"batch_size={config.batch_size}: pass a multiple of {processes} processes x {config.accumulation} micro-batches"
+    _refuse(config.batch_size % (processes * config.accumulation) > 0, said)
 
 
 METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm")
@@ -754,19 +753,14 @@ class TrainingLog:
         self.anew = os.environ.get("LLADA_RETRAIN") == "1"
         self.record = {"name": name, "complete": False, **job.settings()}
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> contextlib.AbstractContextManager:
         """Wait for whoever else is at this training. The system takes the lock from a process that is killed."""
-        with contextlib.ExitStack() as held:
-            if self.main:
-                lock = FileLock(self.path / "lock")
-                try:
-                    held.enter_context(lock.acquire(timeout=0))
-                except Timeout:
-                    print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
-                    held.enter_context(lock)
-            self.accelerator.wait_for_everyone()
-            yield
+        lock = FileLock(self.path / f"lock{self.accelerator.process_index or ''}")
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
+            return lock.acquire()
 
     def complete(self) -> bool:
         """Whether the run is complete; then `record` is what it left. A damaged record is written anew from the last state."""
@@ -819,9 +813,9 @@ class TrainingLog:
 
     def steps_left(self) -> Iterator[int]:
         """The numbers of the steps to make, with a progress bar."""
-        todo, total = range(self.step, self.job.train.steps), self.job.train.steps
         shown = {"desc": self.record["name"], "file": sys.stdout, "mininterval": 10, "delay": 5, "ncols": 100}
-        self.bar = tqdm(todo, initial=self.step, total=total, disable=self.silent, **shown)
+        total = self.job.train.steps
+        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, disable=self.silent, **shown)
         return self.bar
 
     def note(self, loss: Tensor, targets: Tensor, weight: Tensor) -> None:
@@ -852,17 +846,14 @@ class TrainingLog:
         self.noted = []
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
         if self.main:
-            self._save(row)
+            if val_loss == min(earlier["val_loss"] for earlier in self.rows):
+                save_model(self.best, self.twin)
+            for key in METRICS[3:]:
+                self.writer.add_scalar(key, row[key], self.step)
+            scaler = self.accelerator.scaler
+            notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler and scaler.state_dict()}
+            save_state(*self.states, self.model, self.optimizer, notes)
         self.write()
-
-    def _save(self, row: dict) -> None:
-        if row["val_loss"] == min(earlier["val_loss"] for earlier in self.rows):
-            save_model(self.best, self.twin)
-        for key in METRICS[3:]:
-            self.writer.add_scalar(key, row[key], self.step)
-        scaler = self.accelerator.scaler
-        notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler and scaler.state_dict()}
-        save_state(*self.states, self.model, self.optimizer, notes)
 
     def write(self) -> None:
         """Write record and metrics as they stand."""
@@ -925,16 +916,14 @@ def save_state(path: Path, older: Path, model: nn.Module, optimizer: Muon, notes
 def load_state(path: Path, mark: str, model: nn.Module, optimizer: Muon) -> dict:
     """Put back what `save_state` wrote; returns the notes. ValueError if it is damaged or of another run than `mark`."""
     digest, data = path.read_bytes()[:32], path.read_bytes()[32:]
-    if hashlib.sha256(data).digest() != digest:
-        raise ValueError(f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start")
+    said = f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start"
+    _refuse(hashlib.sha256(data).digest() != digest, said)
     tensors, state = safetensors.torch.load(data), optimizer.state_dict()
     notes = json.loads(bytes(tensors["notes"].tolist()))
-    if notes["fingerprint"] != mark:
-        raise ValueError(f"the checkpoint {path} is of another run, {notes['fingerprint']}, not of {mark}; delete it")
-    for key in tensors:
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = tensors[key]
+    said = f"the checkpoint {path} is of another run, {notes['fingerprint']}, not of {mark}; delete it"
+    _refuse(notes["fingerprint"] != mark, said)
+    for i, name in (key.split(".")[1:] for key in tensors if key.startswith("optimizer.")):
+        state["state"].setdefault(int(i), {})[name] = tensors[f"optimizer.{i}.{name}"]
     model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
     optimizer.load_state_dict(state)
     return notes
@@ -946,20 +935,16 @@ def works(device: str, compiled: bool = False) -> bool:
 
     By trial: a GPU, a Mac's "mps" or a C++ compiler may be there and not work.
     """
-    def trained(place: str, function: Callable) -> Tensor:
+    def trained(place: str, compile_it: bool = False) -> Tensor:
         x = torch.eye(4, device=place, requires_grad=True)
-        function(x).backward()
+        torch.compile(lambda x: (x @ x).tanh().sum(), disable=not compile_it)(x).backward()
         torch.optim.AdamW([x], fused=True).step()
         return x.detach().cpu()
 
-    def loss(x: Tensor) -> Tensor:
-        return (x @ x).tanh().sum()
-
     try:
-        torch.testing.assert_close(trained(device, torch.compile(loss) if compiled else loss), trained("cpu", loss))
+        torch.testing.assert_close(trained(device, compiled), trained("cpu"))
     except Exception as error:  # a compiler or a driver may fail in any way
-        kind = "torch.compile" if compiled else device
-        reason = str(error).strip().split("\n")[0]
+        kind, (reason, *_) = "torch.compile" if compiled else device, str(error).strip().split("\n")
         warnings.warn(f"{kind} does not work here ({reason}); training goes on without, more slowly", stacklevel=4)
         return False
     return True
@@ -1555,13 +1540,6 @@ class Preset:
         sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "dropout": self.dropout, **changes}
         return ModelConfig(vocab_size, self.seq_len, causal=causal, **sizes)
 
-    def hours_on_cpu(self) -> float:
-        """Of both trainings here, judged by one matrix product: 6 operations a weight and token, half as fast as that product."""
-        x = torch.ones(1024, 1024)
-        rate = 2 * 1024**3 / min(timeit.repeat(lambda: x @ x, number=1)) / 2
-        tokens = (self.llada.steps * self.llada.batch_size + self.ar.steps * self.ar.batch_size) * self.seq_len
-        return 6 * 12 * self.n_layer * self.n_embd**2 * tokens / rate / 3600
-
     def jobs(self, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, Job]:
         """The two trainings of Part 6."""
         kinds = (("LLaDA", False, self.llada), ("AR", True, self.ar))
@@ -1586,5 +1564,5 @@ def choose_preset() -> Preset:
     name = os.environ.get("LLADA_PRESET") or ("gpu" if best_device() == "cuda" else "cpu")
     _refuse(name not in PRESETS, f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
     if name == "gpu" and best_device() == "cpu":
-        print(f"No GPU here: the two trainings of the gpu preset alone take about {PRESETS[name].hours_on_cpu():.0f} hours.")
+        print("No GPU here: the gpu preset is made for one and takes days without; cpu_long is the most that is made for a CPU.")
     return PRESETS[name]

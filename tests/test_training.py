@@ -791,7 +791,7 @@ DECIDES = {
         *(h._uniform, h.forward_process, h.stratified_times, h.windows, h.RMSNorm, h._rotate, h.Block, h.Transformer),
         *(h.diffusion_batch, h.next_token_batch, h.real_tokens, h.weighted_nll, h.orthogonalize, h.Muon, h.make_optimizer),
         *(h.learning_rate_factor, h.training_batch, h.micro_batches, h.training_loop, h.train, h.Job.validation_sequences),
-        *(h.Job.validation_nats, h.ar_nll, h._nll, h.exact_masks, h.nelbo),
+        *(h.Job.validation_nats, h.ar_nll, h.token_nll, h.exact_masks, h.nelbo),
     ),
     "beyond": (
         *(losses.masked_mean, losses.masked_mean_over_t, losses.uniform_times, losses.independent_times),
