@@ -9,7 +9,6 @@ alone. Training step s is a pure function of (seed, s). Losses and likelihoods a
 are those of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 """
 
-import ast
 import contextlib
 import functools
 import hashlib
@@ -25,7 +24,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -312,10 +310,10 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of all positions, [n_layer, B, H, seq_len, D]: exact if causal; LLaDA's change with later characters."""
+    """Keys and values of all positions, [2, n_layer, B, H, seq_len, D]: exact if causal; LLaDA's change with later characters."""
     def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
-        shape = (config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        shape = (2, config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
+        self.kept = like.new_zeros(shape)
         self.padded = torch.zeros(batch_size, config.seq_len, dtype=torch.bool, device=like.device)
         self.length = 0
 
@@ -327,9 +325,8 @@ class KVCache:
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a slice's keys and values [B, H, l, D]; returns those of all positions so far."""
-        self.keys[layer, :, :, start : start + k.shape[2]] = k
-        self.values[layer, :, :, start : start + k.shape[2]] = v
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+        self.kept[:, layer, :, :, start : start + k.shape[2]] = torch.stack((k, v))
+        return self.kept[:, layer, :, :, : self.length].unbind()
 
 
 class RMSNorm(torch.autograd.Function):
@@ -561,10 +558,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embeddings and head, or for all if `muon_lr` is 0; "peak": their rates."""
     parts = {"qkv": 3, "attention_out": 1, "mlp_in": 1, "mlp_out": 1} if config.muon_lr else {}
     matrices = {getattr(block, name).weight: n for name, n in parts.items() for block in model.blocks}
-    groups = [{"params": [p for p in model.parameters() if p not in matrices], "lr": config.adamw_lr}]
-    if matrices:
-        groups.insert(0, {"params": list(matrices), "lr": config.muon_lr, "parts": list(matrices.values())})
-    return Muon([group | {"peak": group["lr"]} for group in groups], config.weight_decay)
+    muon = {"params": list(matrices), "lr": config.muon_lr, "parts": list(matrices.values())}
+    adamw = {"params": [p for p in model.parameters() if p not in matrices], "lr": config.adamw_lr}
+    return Muon([group | {"peak": group["lr"]} for group in (muon, adamw) if group["params"]], config.weight_decay)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -700,7 +696,6 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     """
     device, parts = best_device(), max(1, job.train.accumulation)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
-    _check_job(job, accelerator.num_processes)
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
     with log.alone():
         accelerator.wait_for_everyone()
@@ -728,21 +723,17 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
         return log.run()
 
 
-def _check_job(job: Job, processes: int) -> None:
-    config = job.train
-    sizes = (config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation)
-    said = f"{job.train_ids.numel()} + {job.val_ids.numel()} ids, {config}: pass at least one of each"
-    _refuse(min(job.train_ids.numel(), job.val_ids.numel(), *sizes) < 1, said)
-    said = f"batch_size={config.batch_size}: pass a multiple of {processes} processes x {config.accumulation} micro-batches"
-    _refuse(config.batch_size % (processes * config.accumulation) > 0, said)
-
-
 METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm")
 
 
 class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
+        config, ids, processes = job.train, (job.train_ids.numel(), job.val_ids.numel()), accelerator.num_processes
+        counts = (*ids, config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation)
+        _refuse(min(counts) < 1, f"{ids[0]} + {ids[1]} ids, {config}: pass at least one of each")
+        said = f"batch_size={config.batch_size}: pass a multiple of {processes} processes x {config.accumulation} micro-batches"
+        _refuse(config.batch_size % (processes * config.accumulation) > 0, said)
         self.job, self.accelerator, self.mark, self.main = job, accelerator, job.fingerprint(), accelerator.is_main_process
         known = sorted(path.name for path in root.glob(f"runs/*-{self.mark}"))  # the same training, under whatever name
         folder = (known or [f"{name}-{self.mark}"])[0]
@@ -964,8 +955,7 @@ def mixed_precision() -> str:
 
 def describe_machine() -> dict[str, str]:
     """Device and versions, for the first cell and for each run's record."""
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "") or ["", "CPU"]
+    cpu = re.search(r"model name\s*: (.*)", subprocess.getoutput("cat /proc/cpuinfo")) or ["", "CPU"]
     device = torch.cuda.get_device_name() if best_device() == "cuda" else f"{cpu[1]}, {torch.get_num_threads()} threads"
     status, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
@@ -1014,11 +1004,11 @@ def _inference(function):
         module = model if isinstance(model, nn.Module) else nn.Identity()
         asked, was_training = next(module.parameters(), args[0]).device, module.training
         home = torch.device("cpu") if asked.type == "mps" else asked
-        predict = model if home == asked else lambda ids, **options: model(ids.to(asked), **options).to(home)
+        elsewhere = functools.wraps(model)(lambda ids, **options: model(ids.to(asked), **options).to(home))
         args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
         try:
             module.eval()
-            return torch.no_grad()(function)(predict, *args, **kwargs)
+            return torch.no_grad()(function)(model if home == asked else elsewhere, *args, **kwargs)
         finally:
             module.train(was_training)
     return wrapped
@@ -1203,7 +1193,8 @@ def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: 
     >>> generate_ar(successor, torch.tensor([[4, 5]]), 2, start_id=START_ID).ids.tolist()
     [[4, 5, 6, 7]]
     """
-    cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
+    own = inspect.unwrap(model)  # where the model is asked on another device
+    cache = KVCache(own.config, len(prompt), own.embed.weight) if isinstance(own, Transformer) else None
     ids, confidence = F.pad(prompt, (1, 0), value=start_id), [torch.ones(prompt.shape, device=prompt.device)]
     for _ in range(length):
         new = {"cache": cache, "start": cache.length} if cache else {}  # with a cache only what it has not seen: first the prompt
@@ -1322,7 +1313,7 @@ def text_metrics(texts: list[str], copies: set[str], words: set[str]) -> dict[st
     inner = [word.lower() in words for text in texts for word in WORD.findall(text)[1:-1]]
     triples, runs = ([run for text in texts for run in runs_of(text, length)] for length in (3, COPY))
     scores = {"known words": sum(inner) / max(1, len(inner)), "distinct-3": len(set(triples)) / max(1, len(triples))}
-    scores["char entropy"] = float(stats.entropy(list(Counter("".join(texts)).values()) or [1]))
+    scores["char entropy"] = float(stats.entropy(pd.Series(list("".join(texts)) or [""]).value_counts()))
     return scores | {"copied": sum(run in copies for run in runs) / max(1, len(runs))}
 
 
@@ -1424,13 +1415,9 @@ def show(*things: Callable) -> None:
 
 def shown_source(thing: Callable) -> str:
     """What `show` displays: the source without private decorators, and of each docstring the first paragraph."""
-    source = inspect.cleandoc("\n" + inspect.getsource(thing))
-    shown = re.sub(r"^ *@_.*\n", "", source, flags=re.M)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            whole = ast.get_source_segment(source, node)
-            shown = shown.replace(whole, whole.split("\n\n")[0].removesuffix('"""').rstrip() + '"""')
-    return shown
+    shown = re.sub(r"^ *@_.*\n", "", inspect.cleandoc("\n" + inspect.getsource(thing)), flags=re.M)
+    paragraphs = r'^( *r?"""(?:(?!"""|\n\s*\n).)*?)\s*(?:\n\s*\n(?:(?!""").)*)?"""'  # the first one, and all others
+    return re.sub(paragraphs, r'\1"""', shown, flags=re.M | re.S)
 
 
 def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[list[list[tuple[str, int]]]]:
@@ -1503,8 +1490,7 @@ class DenoisingViewer(widgets.VBox):
     @staticmethod
     def _stack(children: list) -> widgets.Widget:
         """Shows one child at a time. ipywidgets 7, which Colab's page speaks, has no Stack: there, tabs with a hidden bar."""
-        stack = getattr(widgets, "Stack", widgets.Tab)(children, selected_index=0)
-        return stack.add_class("llada-pages")
+        return getattr(widgets, "Stack", widgets.Tab)(children, selected_index=0).add_class("llada-pages")
 
     def _panel(self, film: list[str]) -> widgets.Widget:
         first = widgets.HTML(film[0])  # the others share its layout and style, which would be most of the saved notebook
@@ -1536,9 +1522,8 @@ class Preset:
     repeats: int = 32  # generations from the same prompt
     compiled: bool = False
 
-    def model(self, vocab_size: int, causal: bool, **changes) -> ModelConfig:
-        sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "dropout": self.dropout, **changes}
-        return ModelConfig(vocab_size, self.seq_len, causal=causal, **sizes)
+    def model(self, vocab_size: int, causal: bool) -> ModelConfig:
+        return ModelConfig(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.dropout, causal)
 
     def jobs(self, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, Job]:
         """The two trainings of Part 6."""

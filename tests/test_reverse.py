@@ -1,5 +1,6 @@
 """Section 6: samplers against enumerated distributions and against plain-Python rewritings, and strategies of a user's own."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -717,6 +718,15 @@ def test_cache_asks_only_for_what_is_new():
     model.register_forward_pre_hook(lambda m, args: widths.append(args[0].shape[1]))
     h.generate_ar(model, torch.full((1, 3), 5), 4, start_id=START)
     assert widths == [4, 1, 1, 1]
+
+
+def test_a_model_that_is_asked_on_another_device_keeps_its_cache():
+    """What stands between sampler and model forwards what a cache needs, and the model is found behind it."""
+    model, widths = small_model(causal=True).eval(), []
+    elsewhere = functools.wraps(model)(lambda ids, **options: widths.append(ids.shape[1]) or model(ids, **options))
+    options = {"start_id": START, "temperature": 0.0}
+    made, plain = (h.generate_ar(m, torch.full((1, 3), 5), 4, **options).ids for m in (elsewhere, model))
+    assert torch.equal(made, plain) and widths == [4, 1, 1, 1]
 
 
 def test_ar_forbidden_tokens_are_not_produced():
