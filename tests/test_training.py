@@ -801,8 +801,8 @@ DECIDES = {
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
-    ("llada_helpers", "1"): "f83e75f5ffc8f5f89c37a3c9c8e439e050482a2826a45ebf215d014e1267ee6d",
-    ("beyond", "1"): "afa7c590297642c41160962ce4969ffe7df87231bbac838c2ca36874ad9b6c49",
+    ("llada_helpers", "2"): "f7bf9fd2857de3689b3643856f98321272c9237f311aacd224b1ca22215504bf",
+    ("beyond", "2"): "3f6a6f51c5fcdb9d9797e27803c04133dc216a344e502c2a103348d58e3ad44a",
 }
 
 
