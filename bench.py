@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 import llada_helpers as h
 from beyond.decoding import cached, entropy_bound, threshold
-from beyond.pricing import MACHINES, price_table
 from beyond.quality import SPECIAL
 
 PROMPT = 32
@@ -281,30 +280,18 @@ def scaling_rows(preset: h.Preset) -> list[dict]:
     return rows
 
 
-def print_budget(preset: h.Preset, text: str) -> None:
-    """The count of both notebooks, and what it assumes of the machines."""
-    notebooks = [Path(__file__).with_name(f"{name}.ipynb") for name in ("EG_TakeHome_LLaDA", "Beyond_the_Assignment")]
-    table = h.Results(preset, text).table(price_table(notebooks, preset, text), f"budget_{preset.name}")
-    print(table.to_string(index=False))
-    for m in MACHINES:
-        print(f"assumed: {m.name} {m.evaluation:.3g} FLOP/s, training {m.training:.3g} FLOP/s, {m.launch * 1e6:g} us a kernel")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, batch 1 and 8: a minute's look")
     parser.add_argument("--preset", choices=h.PRESETS, default=None, help="sizes of the models; default: as the notebook chooses")
     parser.add_argument("--json", default="figures/bench.json", help="where to write the table (default: %(default)s)")
     parser.add_argument("--scaling", action="store_true", help="two processes instead, and figures/tables/scaling.csv")
-    parser.add_argument("--budget", choices=h.PRESETS, help="count what the notebooks cost on a GPU; figures/tables/budget_*.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     preset = h.PRESETS[arguments.preset] if arguments.preset else h.choose_preset()
     if arguments.worker:
         return worker_step(preset)
     text = h.load_text()
-    if arguments.budget:
-        return print_budget(h.PRESETS[arguments.budget], text)
     if arguments.scaling:
         print(h.Results(preset, text).table(pd.DataFrame(scaling_rows(preset)), "scaling").to_string(index=False))
         return None

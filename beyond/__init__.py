@@ -32,6 +32,5 @@ What a trained model knows:
     reversal      invented facts, told in one direction and asked in the other
     toy           the tutorials' five sentences, words as tokens
 
-    pricing       what the notebooks would cost on a GPU, counted without one
     report        the tables' numbers put into Markdown, and the Markdown set as a PDF
 """

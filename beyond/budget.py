@@ -1,10 +1,14 @@
-"""What more training buys: LLaDA and AR at several budgets, each a training of its own with its own decay.
+"""What more training buys: LLaDA and AR at several budgets, each a training of its own with its own decay; and the best of each.
 
 Compute is counted, not clocked: a training costs three forward passes for each character that it reads (forward, and twice as
 much backward), a forward pass two operations for each weight of a matrix and, for attention, four for each key and unit of width.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -155,3 +159,111 @@ def compute_ratio(table: pd.DataFrame) -> tuple[float, float]:
     at = np.array([n for nats, _ in curves.values() for n in nats if low <= n <= high])
     ratios = np.exp(np.interp(at, *curves["LLaDA"]) - np.interp(at, *curves["AR"]))
     return float(ratios.min()), float(ratios.max())
+
+
+STUDIED = {"dropout": (0.1, 0.2, 0.3), "weight decay": (0.0, 0.1)}  # and two widths, of two thirds of the heads and of all
+
+
+def record_job(job: H.Job, settings: dict, share: float = 1.0, seed: int = 0) -> H.Job:
+    """A preset's training with other settings, "heads" of the same width among them, or for a share of its steps.
+
+    >>> ids = torch.arange(4, 10)
+    >>> job = H.PRESETS["gpu"].jobs(10, ids, ids)["AR"]
+    >>> short = record_job(job, {"heads": 4, "dropout": 0.3, "weight decay": 0.0}, share=1 / 4)
+    >>> short.model.n_embd, short.model.dropout, short.train.steps, short.train.weight_decay
+    (256, 0.3, 500, 0.0)
+    """
+    shape, config = job.model, job.train
+    heads = settings.get("heads", shape.n_head)
+    width, dropout = shape.n_embd // shape.n_head * heads, settings.get("dropout", shape.dropout)
+    decay = settings.get("weight decay", config.weight_decay)
+    steps, evals = max(1, round(share * config.steps)), max(1, round(share * config.evals))
+    train = replace(config, steps=steps, evals=evals, weight_decay=float(decay), seed=config.seed + seed)
+    return replace(job, model=replace(shape, n_embd=width, n_head=int(heads), dropout=float(dropout)), train=train)
+
+
+def study_jobs(preset: H.Preset, vocab_size: int, train_ids: Tensor) -> list[tuple[dict, H.Job]]:
+    """Settings and trainings of the grid, for LLaDA and AR: a quarter of the preset's steps, validated on the last ninth of
+    `train_ids`, so that nothing is chosen on the text that is scored.
+
+    >>> grid = study_jobs(H.PRESETS["gpu"], 10, torch.arange(4, 10).repeat(9))
+    >>> len(grid), grid[0][0], grid[0][1].train.steps
+    (24, {'model': 'LLaDA', 'heads': 4, 'dropout': 0.1, 'weight decay': 0.0}, 1500)
+    """
+    jobs, grid = preset.jobs(vocab_size, *H.split(train_ids, 8 / 9)), []
+    for name, *values in itertools.product(jobs, sorted({max(1, preset.n_head * 2 // 3), preset.n_head}), *STUDIED.values()):
+        settings = {"model": name, **dict(zip(("heads", *STUDIED), values))}
+        grid.append((settings, record_job(jobs[name], settings, share=1 / 4)))
+    return grid
+
+
+def train_all(jobs: list[tuple[str, H.Job]], compiled: bool, side_by_side: int) -> list[H.Run]:
+    """Train jobs under their names; several processes at a time make better use of a GPU that one small model leaves idle.
+
+    >>> train_all([], compiled=False, side_by_side=1)
+    []
+    """
+    if side_by_side > 1:
+        with ProcessPoolExecutor(side_by_side, multiprocessing.get_context("spawn")) as pool:
+            for name, job in jobs:
+                pool.submit(H.train, name, job, compiled=compiled, quiet=True)
+    return [H.train(name, job, compiled=compiled, quiet=True) for name, job in jobs]  # those that failed fail here, and say why
+
+
+def study(preset: H.Preset, text: str, side_by_side: int = 1) -> pd.DataFrame:
+    """The grid's table, the best first for each model: settings, steps, the best validation loss "nats/char", on the end of the
+    training text, and where in the training it was reached."""
+    tokenizer = H.CharTokenizer.from_text(text)
+    train_ids, _ = H.split(tokenizer.encode(text), 0.9)
+    grid = study_jobs(preset, tokenizer.vocab_size, train_ids)
+    compiled = preset.compiled and side_by_side == 1  # each process would compile each setting, for longer than it trains
+    runs = train_all([(f"{preset.name}-study", job) for _, job in grid], compiled, side_by_side)
+    rows = []
+    for (settings, job), run in zip(grid, runs):
+        best = run.metrics.loc[run.metrics["val_loss"].idxmin()]
+        row = settings | {"width": job.model.n_embd, "steps": job.train.steps, "nats/char": best["val_loss"]}
+        rows.append(row | {"best at": best["step"] / job.train.steps, "last": run.metrics["val_loss"].iloc[-1]})
+    return pd.DataFrame(rows).sort_values(["model", "nats/char"], ascending=[False, True])
+
+
+def record(preset: H.Preset, text: str, settings: dict[str, dict], seeds: Sequence[int] = (0,)) -> pd.DataFrame:
+    """LLaDA and AR as good as the preset makes them, on the split of nanoGPT: a row for each seed, scored on the whole last 10%.
+
+    Trained on the first 90%, to the end: the part of it that is validated on only watches, and the scored text decides nothing.
+    LLaDA's "nats/char" is a bound, AR's is exact. `settings`: by model, as `study` has them; what is missing is the preset's.
+
+    >>> import os, tempfile
+    >>> here, config = os.getcwd(), H.TrainConfig(2, 2, evals=1)
+    >>> small = replace(H.PRESETS["smoke"], llada=config, ar=config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)
+    ...     table = record(small, "to be, or not to be " * 40, {"AR": {"dropout": 0.3}})
+    ...     os.chdir(here)
+    >>> table[["model", "dropout", "steps", "characters"]].values.tolist()
+    [['LLaDA', 0.0, 2, 80], ['AR', 0.3, 2, 80]]
+    """
+    tokenizer, rows = H.CharTokenizer.from_text(text), []
+    train_ids, test_ids = H.split(tokenizer.encode(text), 0.9)
+    for name, job in preset.jobs(tokenizer.vocab_size, train_ids, train_ids[-len(test_ids) :]).items():
+        for seed in seeds:
+            made = record_job(job, settings.get(name, {}), seed=seed)
+            run = H.train(f"{preset.name}-record-{name.lower()}", made, compiled=preset.compiled)
+            scores = window_nats(run.model, test_ids, preset.nelbo_samples)
+            nats, interval = H.per_character(*scores)
+            row = {"model": name, "seed": seed, "parameters": run.summary["parameters"], "width": made.model.n_embd}
+            row |= {"dropout": made.model.dropout, "weight decay": made.train.weight_decay, "steps": made.train.steps}
+            row |= {"epochs": run.summary["tokens"] / len(train_ids), "nats/char": nats, "95% ±": interval}
+            row |= {"bits/char": nats / math.log(2), "characters": int(scores[1].sum())}
+            rows.append(row | {"minutes": run.summary["seconds"] / 60, "device": run.summary["device"]})
+    return pd.DataFrame(rows)
+
+
+def make_record(preset: H.Preset, text: str, seeds: Sequence[int], with_study: bool, side_by_side: int) -> pd.DataFrame:
+    """What `python -m beyond.experiments record` does; tables/record.csv, and with a study tables/record_study.csv, whose best
+    setting of each model is then the one that is trained."""
+    results, settings = H.Results(preset, text), {}
+    if with_study:
+        table = results.table(study(preset, text, side_by_side), "record_study")
+        print(table.round(4).to_string(index=False))
+        settings = {name: part.iloc[0].to_dict() for name, part in table.groupby("model")}
+    return results.table(record(preset, text, settings, seeds), "record")

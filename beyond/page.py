@@ -88,12 +88,12 @@ def take_picture(path: Path, image: Path) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        view = chromium.new_page(viewport={"width": 800, "height": 1200}, device_scale_factor=2)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 800, "height": 700}, device_scale_factor=2)
         view.goto(f"{path.resolve().as_uri()}#pass=8")
         view.locator("#LLaDA-says", has_text="pass 8 of").wait_for(timeout=120_000)
-        card = view.locator("section").first.bounding_box()
-        view.screenshot(path=image, animations="disabled", clip={"x": 0, "y": 0, "width": 800, "height": card["y"] + card["height"] + 24})
+        below = view.locator("#about").bounding_box()["y"] - 40
+        view.screenshot(path=image, animations="disabled", full_page=True, clip={"x": 0, "y": 0, "width": 800, "height": below})
 
 
 def main(arguments: list[str] | None = None) -> None:

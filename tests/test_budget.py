@@ -163,3 +163,96 @@ def test_rows_of_the_recipe_are_all_different_trainings():
         jobs = rows(SMOKE, 10_240, *DATA)
         marks = [trial.fingerprint() for trials in jobs.values() for trial in trials]
         assert len(set(marks)) == len(marks)
+
+
+# --- the record ---
+
+TINY = replace(SMOKE, **{name: h.TrainConfig(8, 4, evals=2, eval_windows=2) for name in ("llada", "ar")}, nelbo_samples=1)
+
+
+def parts_of(text):
+    """Training text of the study, what it is chosen on, what is scored: in this order, nothing left out."""
+    ids = h.CharTokenizer.from_text(text).encode(text)
+    train_ids, scored = h.split(ids, 0.9)
+    return (*h.split(train_ids, 8 / 9), scored)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The jobs that `train` is asked for."""
+    jobs, train = [], h.train
+
+    def noted(name, job, **options):
+        jobs.append(job)
+        return train(name, job, **options)
+
+    monkeypatch.setattr(h, "train", noted)
+    return jobs
+
+
+def test_the_scored_text_decides_nothing(in_folder, trained):
+    """Neither the study nor the record's own training is shown a character of it."""
+    text = "".join(TOKENIZER.characters[i % 17 % len(TOKENIZER.characters)] for i in range(3000))
+    fitted, chosen_on, scored = parts_of(text)
+    budget.make_record(TINY, text, [0, 1], True, 1)
+    assert len(trained) == 24 + 4
+    for job in trained[:24]:
+        assert torch.equal(job.train_ids, fitted) and torch.equal(job.val_ids, chosen_on) and job.train.steps == 2
+    for job in trained[24:]:
+        assert torch.equal(job.train_ids, torch.cat((fitted, chosen_on))) and job.train.steps == 8
+        assert torch.equal(job.val_ids, job.train_ids[-len(scored) :])
+
+
+def test_the_record_takes_the_studys_best_setting_of_each_model(in_folder, monkeypatch):
+    best = {"LLaDA": (1, 0.3, 0.1), "AR": (2, 0.1, 0.0)}
+    original = h.Job.validation_nats
+
+    def biased(job, model, sequences):
+        """The true loss, less one for the settings that are to win."""
+        here = job.model.n_head, job.model.dropout, job.train.weight_decay
+        return original(job, model, sequences) - 5 * len(sequences[0]) * (here == best["AR" if job.model.causal else "LLaDA"])
+
+    monkeypatch.setattr(h.Job, "validation_nats", biased)
+    table = budget.make_record(TINY, TEXT, [0, 3], True, 1)
+    assert table[["model", "seed"]].values.tolist() == [["LLaDA", 0], ["LLaDA", 3], ["AR", 0], ["AR", 3]]
+    for name, part in table.groupby("model"):
+        heads, dropout, decay = best[name]
+        assert set(part["width"]) == {16 * heads} and set(part["dropout"]) == {dropout} and set(part["weight decay"]) == {decay}
+    tables = Path("build/smoke/figures/tables")
+    pd.testing.assert_frame_equal(pd.read_csv(tables / "record.csv"), table, check_exact=False)
+    study = pd.read_csv(tables / "record_study.csv")
+    assert len(study) == 24 and study.groupby("model").first()["heads"].to_dict() == {"LLaDA": 1, "AR": 2}
+
+
+def test_the_record_scores_the_whole_last_tenth(in_folder):
+    """Blank models at first: ln V for each of its characters, and no other."""
+    blank = replace(TINY, **{name: h.TrainConfig(1, 2, muon_lr=1e-9, adamw_lr=1e-9, evals=1) for name in ("llada", "ar")})
+    table = budget.record(blank, TEXT, {})
+    assert table["characters"].tolist() == [len(parts_of(TEXT)[2])] * 2 and (table["seed"] == 0).all()
+    assert table["nats/char"].tolist() == pytest.approx([math.log(TOKENIZER.vocab_size)] * 2, abs=1e-4)
+    assert table["bits/char"].tolist() == pytest.approx([math.log2(TOKENIZER.vocab_size)] * 2, abs=1e-4)
+    assert (table["minutes"] > 0).all() and table["device"].str.len().min() > 2
+
+
+def test_the_command_line_makes_the_record(in_folder, monkeypatch, capsys):
+    monkeypatch.setitem(h.PRESETS, "smoke", TINY)
+    monkeypatch.setattr(h, "load_text", lambda: TEXT)
+    main(["record", "--preset", "smoke", "--seeds", "2", "5"])
+    assert capsys.readouterr().out.count("LLaDA") >= 2
+    assert pd.read_csv("build/smoke/figures/tables/record.csv")["seed"].tolist() == [2, 5] * 2
+    assert not Path("build/smoke/figures/tables/record_study.csv").exists()
+
+
+def test_trainings_side_by_side_are_those_made_one_after_the_other(in_folder):
+    jobs = [("a", job) for _, job in budget.study_jobs(TINY, TOKENIZER.vocab_size, TRAIN)[:2]]
+    together = budget.train_all(jobs, compiled=False, side_by_side=2)
+    for (name, job), run in zip(jobs, together):
+        alone = h.train(name, job, root="alone", quiet=True)
+        assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), alone.model.parameters()))
+
+
+def test_the_gpu_preset_takes_the_careful_setting():
+    preset = h.PRESETS["gpu"]
+    assert preset.dropout == 0.2 and preset.llada.weight_decay == preset.ar.weight_decay == 0.1 and preset.compiled
+    assert preset.ar.steps <= preset.llada.steps / 2
+    assert h.Transformer(preset.model(69, causal=True)).n_parameters == pytest.approx(10.7e6, rel=0.01)
