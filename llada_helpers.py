@@ -694,8 +694,12 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     ValueError: no ids, too few steps, a batch that processes and micro-batches cannot share evenly, no sound checkpoint.
     RuntimeError: a loss is not finite, or that of training above a blank model's; says where, and which is the last checkpoint.
     """
-    device, parts = best_device(), max(1, job.train.accumulation)
+    config, device, parts = job.train, best_device(), max(1, job.train.accumulation)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
+    sizes = [*map(torch.numel, (job.train_ids, job.val_ids)), config.steps, config.batch_size, config.evals, config.eval_windows]
+    wrong = min(*sizes, config.accumulation) < 1 or config.batch_size % (accelerator.num_processes * parts) > 0
+    said = f"{config}, {sizes[0]} + {sizes[1]} ids: pass at least one of each, and a batch for {accelerator.num_processes}"
+    _refuse(wrong, f"{said} processes x {parts} micro-batches to share")
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
     with log.alone():
         accelerator.wait_for_everyone()
@@ -729,11 +733,6 @@ METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "
 class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
-        config, ids, processes = job.train, (job.train_ids.numel(), job.val_ids.numel()), accelerator.num_processes
-        counts = (*ids, config.steps, config.batch_size, config.evals, config.eval_windows, config.accumulation)
-        _refuse(min(counts) < 1, f"{ids[0]} + {ids[1]} ids, {config}: pass at least one of each")
-        said = f"batch_size={config.batch_size}: pass a multiple of {processes} processes x {config.accumulation} micro-batches"
-        _refuse(config.batch_size % (processes * config.accumulation) > 0, said)
         self.job, self.accelerator, self.mark, self.main = job, accelerator, job.fingerprint(), accelerator.is_main_process
         known = sorted(path.name for path in root.glob(f"runs/*-{self.mark}"))  # the same training, under whatever name
         folder = (known or [f"{name}-{self.mark}"])[0]
@@ -837,7 +836,7 @@ class TrainingLog:
         self.noted = []
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
         if self.main:
-            if val_loss == min(earlier["val_loss"] for earlier in self.rows):
+            if all(val_loss < earlier["val_loss"] for earlier in self.rows[:-1]):
                 save_model(self.best, self.twin)
             for key in METRICS[3:]:
                 self.writer.add_scalar(key, row[key], self.step)
@@ -955,9 +954,9 @@ def mixed_precision() -> str:
 
 def describe_machine() -> dict[str, str]:
     """Device and versions, for the first cell and for each run's record."""
+    status, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
     cpu = re.search(r"model name\s*: (.*)", subprocess.getoutput("cat /proc/cpuinfo")) or ["", "CPU"]
     device = torch.cuda.get_device_name() if best_device() == "cuda" else f"{cpu[1]}, {torch.get_num_threads()} threads"
-    status, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     return {"device": device, **versions, "commit": "none" if status else commit}
 
@@ -1549,5 +1548,5 @@ def choose_preset() -> Preset:
     name = os.environ.get("LLADA_PRESET") or ("gpu" if best_device() == "cuda" else "cpu")
     _refuse(name not in PRESETS, f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
     if name == "gpu" and best_device() == "cpu":
-        print("No GPU here: the gpu preset is made for one and takes days without; cpu_long is the most that is made for a CPU.")
+        print("No GPU here: the two trainings of the gpu preset take about 30 hours of two CPU cores; cpu_long suits these.")
     return PRESETS[name]

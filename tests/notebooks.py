@@ -46,9 +46,15 @@ def clone(directory: Path) -> Path:
     return directory
 
 
+def python_path(*first) -> str:
+    """PYTHONPATH that begins with these folders and keeps the caller's, where packages may be, without those of our own code."""
+    callers = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return os.pathsep.join([*map(str, first), *(entry for entry in callers if not (Path(entry) / "llada_helpers.py").exists())])
+
+
 def start(directory: Path, name: str, **environment: str) -> subprocess.Popen:
     """Execute a notebook in place, in smoke and on one core, so that two can run side by side."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LLADA_", "PYTHONPATH"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("LLADA_")} | {"PYTHONPATH": python_path()}
     kept |= {"LLADA_PRESET": "smoke", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(directory.parent / "cache")}
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", name]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

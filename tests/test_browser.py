@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from notebooks import python_path
 
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "build" / "web"
@@ -109,7 +110,8 @@ def clean_environment(directory: Path) -> dict[str, str]:
     """Jupyter's settings and the caller's presets stay out; the helper is found."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LLADA_", "JUPYTER"))}
     own = {f"JUPYTER_{kind}_DIR": str(directory / f".jupyter-{kind.lower()}") for kind in ("CONFIG", "RUNTIME")}
-    return {**kept, **own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "JUPYTERLAB_SETTINGS_DIR": str(directory / ".lab")}
+    own |= {"JUPYTERLAB_SETTINGS_DIR": str(directory / ".lab"), "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1"}
+    return kept | own
 
 
 def notebook(path: Path, *sources: str) -> Path:

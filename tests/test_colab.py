@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from notebooks import BEYOND, MAIN, ROOT, clone, finish, printed, sources, start
+from notebooks import BEYOND, MAIN, ROOT, clone, finish, printed, python_path, sources, start
 
 FAKE_PIP = "import pathlib, sys\npathlib.Path('installed.txt').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
 NOTEBOOKS = [MAIN, BEYOND]
@@ -32,8 +32,8 @@ def run(directory, name, count, repository, code=""):
     notebook["cells"][count]["source"] = code
     notebook["metadata"].pop("widgets", None)
     (directory / name).write_text(json.dumps(notebook))
-    environment = {"LLADA_REPO_URL": str(repository), "LLADA_DATA": str(directory / "text.txt"), "PYTHONPATH": str(directory)}
-    return start(directory, name, **environment)
+    environment = {"LLADA_REPO_URL": str(repository), "LLADA_DATA": str(directory / "text.txt")}
+    return start(directory, name, PYTHONPATH=python_path(directory), **environment)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

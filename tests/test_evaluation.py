@@ -4,6 +4,7 @@ import ast
 import hashlib
 import itertools
 import math
+import re
 import time
 from pathlib import Path
 
@@ -289,14 +290,19 @@ def test_a_logarithmic_axis_has_the_ticks_it_is_given():
     assert not ax.xaxis.get_minorticklocs().size
 
 
-def test_presets(monkeypatch):
+def test_presets(monkeypatch, capsys):
     monkeypatch.setenv("LLADA_PRESET", "smoke")
     assert h.choose_preset().name == "smoke"
     monkeypatch.setenv("LLADA_PRESET", "huge")
     with pytest.raises(ValueError, match="smoke, cpu, gpu"):
         h.choose_preset()
     monkeypatch.delenv("LLADA_PRESET")
-    assert h.choose_preset().name == ("gpu" if torch.cuda.is_available() else "cpu")
+    assert h.choose_preset().name == ("gpu" if h.best_device() == "cuda" else "cpu")
+    monkeypatch.setattr(h, "best_device", lambda: "cpu")
+    monkeypatch.setenv("LLADA_PRESET", "gpu")
+    assert h.choose_preset().name == "gpu" and re.search(r"No GPU here: .* about \d+ hours", capsys.readouterr().out)
+    monkeypatch.setattr(h, "best_device", lambda: "cuda")
+    assert h.choose_preset().name == "gpu" and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])

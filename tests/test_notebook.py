@@ -6,7 +6,22 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from notebooks import BEYOND, CORPUS, MAIN, OFFLINE, ROOT, cells, clone, finish, git, outputs, printed, sources, start
+from notebooks import (
+    BEYOND,
+    CORPUS,
+    MAIN,
+    OFFLINE,
+    ROOT,
+    cells,
+    clone,
+    finish,
+    git,
+    outputs,
+    printed,
+    python_path,
+    sources,
+    start,
+)
 
 import llada_helpers as h
 from beyond.experiments import suite, suite_mark
@@ -133,7 +148,7 @@ def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
     line = "Die <b>W\u00fcrde</b> kostet $73 oder $6_2 & 0.1%\t\u5929\u4e0b `x` *\U0001f44d* [___]\r\n"
     name = "own_$5_to_$_^{9.txt"
     (own / name).write_text((line * 20)[:700], encoding="utf-8")
-    alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=str(bare), **OFFLINE)
+    alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=python_path(bare), **OFFLINE)
     finish(start(own, MAIN, LLADA_DATA=name), alone)
     assert "TINYSHAKESPEARE COULD NOT BE DOWNLOADED" in json.dumps(outputs(bare / MAIN))
     assert "offline corpus" in printed(bare / MAIN) and Path(name).stem in printed(own / MAIN)

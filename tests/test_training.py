@@ -27,6 +27,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from notebooks import python_path
 from oracle import PostNormEncoder
 from safetensors.torch import load
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -346,7 +347,7 @@ def test_interrupted_retraining_is_not_taken_for_complete(reference, tmp_path, i
 
 
 KILLED = h.TrainConfig(steps=120, batch_size=4, evals=60, eval_windows=1)
-PYTHONPATH = os.pathsep.join([str(Path(h.__file__).resolve().parent), str(Path(__file__).resolve().parent)])
+PYTHONPATH = python_path(Path(h.__file__).resolve().parent, Path(__file__).resolve().parent)
 SCRIPT = """
 import test_training as t
 t.train({root!r}, config=t.KILLED)
@@ -801,7 +802,7 @@ DECIDES = {
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
-    ("llada_helpers", "2"): "f7bf9fd2857de3689b3643856f98321272c9237f311aacd224b1ca22215504bf",
+    ("llada_helpers", "2"): "b2d63c76c1620bc5033ae5d8fb71bda2fa7c2c18d093841beac58a89c8afbb8d",
     ("beyond", "2"): "3f6a6f51c5fcdb9d9797e27803c04133dc216a344e502c2a103348d58e3ad44a",
 }
 
@@ -1139,7 +1140,7 @@ def test_training_begins_at_the_start(tmp_path):
     config = h.TrainConfig(steps=1, batch_size=4, evals=1, eval_windows=4, muon_lr=1e-5, adamw_lr=1e-5)
     run, fresh = train(tmp_path, config, STEADY, start=start), train(tmp_path, config, STEADY)
     for p, q, old in zip(run.model.parameters(), start.parameters(), before):
-        assert torch.allclose(p, q, atol=1e-3) and not torch.equal(p, q), "one small step away"
+        assert torch.allclose(p.cpu(), q, atol=1e-3) and not torch.equal(p.cpu(), q), "one small step away"
         assert torch.equal(q, old), "the model that was passed is not touched"
     assert run.path != fresh.path
     assert any(not torch.allclose(p, q, atol=0.1) for p, q in zip(run.model.parameters(), fresh.model.parameters()))
@@ -1181,6 +1182,7 @@ def test_every_kind_of_training_is_resumed_saved_and_loaded(tmp_path, interrupt_
     again = train(tmp_path / "whole", **KINDS[kind])
     assert again.summary == whole.summary and again.model.config == whole.model.config
     with torch.no_grad():
+        rows = rows.to(next(again.model.parameters()).device)
         assert torch.equal(again.model(rows), whole.model(rows))
 
 
@@ -1234,70 +1236,77 @@ def test_uneven_micro_batches_are_refused(tmp_path, accumulation):
 
 
 TOGETHER = """
-import json, os, pathlib
+import json, os, pathlib, sys
 import llada_helpers as h, test_training as t
-root = pathlib.Path({root!r})
-said = {{}}
+root = pathlib.Path(sys.argv[1])
+said = {}
 for name, job in t.SHARED.items():
     run = h.train(name, job, root=root)
-    said[name] = run.summary | {{"rows": len(run.metrics), "head": run.model.head.weight.sum().item()}}
+    said[name] = run.summary | {"rows": len(run.metrics), "head": run.model.head.weight.sum().item()}
 try:
     t.train(root / "refused", t.replace(t.CONFIG, batch_size=5), t.STEADY)
 except ValueError as error:
     said["refused"] = str(error)
-(root / f"rank{{os.environ['RANK']}}.json").write_text(json.dumps(said))
+(root / f"rank{os.environ['RANK']}.json").write_text(json.dumps(said))
 """
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Both trainings of SHARED by two processes over gloo; the root, and what each process says."""
-    root = tmp_path_factory.mktemp("two")
-    (root / "script.py").write_text(TOGETHER.format(root=str(root)))
+def launched(root, processes):
+    """Both trainings of SHARED by so many processes over gloo, on the CPU, since there may be fewer GPUs; what each says."""
+    (root / "script.py").write_text(TOGETHER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(root / "script.py")],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        [*launch, str(root / "script.py"), str(root)],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
     try:
-        _, errors = launcher.communicate(timeout=120)
+        _, errors = launcher.communicate(timeout=240)
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     assert launcher.returncode == 0, errors.decode()[-3000:]
-    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The root of what two processes trained, what each of them says, and the root of what one trained in the same way."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("alone")
+    said = launched(two, 2)
+    launched(one, 1)
+    return two, said, one
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_two_processes_train_what_one_does(two_processes, one_process, monkeypatch, name):
+def test_two_processes_train_what_one_does(two_processes, monkeypatch, name):
     """One batch, shared; one directory; and one process takes the result for its own."""
-    root, _ = two_processes
+    root, _, alone = two_processes
     (folder,) = root.glob(f"runs/{name}-*")
     assert json.loads((folder / "run.json").read_text())["processes"] == 2
     assert len(list(folder.glob("events.out.tfevents*"))) == 1, "one process writes"
     monkeypatch.setattr(h, "tqdm", None)
-    run = h.train(name, SHARED[name], root=root)
+    run, one = (h.train(name, SHARED[name], root=trained) for trained in (root, alone))
     assert run.path == folder
-    same_up_to_rounding(run, one_process[name])
-    (state,) = root.glob(f"checkpoints/{name}-*/last.state")
-    (alone,) = one_process[name].path.parents[1].glob(f"checkpoints/{name}-*/last.state")
-    (tensors, rows), (tensors_alone, rows_alone) = read_state(state), read_state(alone)
+    same_up_to_rounding(run, one)
+    states = [next(trained.glob(f"checkpoints/{name}-*/last.state")) for trained in (root, alone)]
+    (tensors, rows), (tensors_alone, rows_alone) = map(read_state, states)
     assert tensors.keys() == tensors_alone.keys() and len(rows) == len(rows_alone) and rows[-1]["step"] == 8
     assert all(torch.allclose(tensors[k], tensors_alone[k], atol=1e-4) for k in tensors)
 
 
 def test_two_processes_are_told_the_same(two_processes):
     """Every process gets the best model, the metrics and their summary."""
-    _, (first, second) = two_processes
+    _, (first, second), _ = two_processes
     for name in SHARED:
         assert first[name] == {**second[name], "seconds": first[name]["seconds"]}
         assert abs(first[name]["seconds"] - second[name]["seconds"]) < 5 and first[name]["rows"] == 4
 
 
 def test_batch_that_two_processes_cannot_share_is_refused(two_processes):
-    root, said = two_processes
+    root, said, _ = two_processes
     assert all("batch_size=5" in s["refused"] and "2 processes" in s["refused"] for s in said)
     assert not (root / "refused").exists()
 
@@ -1305,7 +1314,7 @@ def test_batch_that_two_processes_cannot_share_is_refused(two_processes):
 def loop(monkeypatch, job, scaler=None):
     """Three steps of the loop itself under a loss scale; the gradient norms and the parameters at the end."""
     torch.manual_seed(0)
-    accelerator, norms = h.Accelerator(cpu=True), []
+    accelerator, norms = h.Accelerator(cpu=h.best_device() == "cpu"), []
     accelerator.scaler = scaler
     model = h.Transformer(job.model)
     network, optimizer = accelerator.prepare(model, h.make_optimizer(model, job.train))
@@ -1315,14 +1324,14 @@ def loop(monkeypatch, job, scaler=None):
             patch.setattr(accelerator, "native_amp", True)
             patch.setattr(h.Accelerator, "mixed_precision", "fp16")
         h.training_loop(network, optimizer, job, accelerator, log)
-    return [float(norm) for norm in norms], [p.detach().clone() for p in model.parameters()], optimizer
+    return [float(norm) for norm in norms], [p.detach().cpu().clone() for p in model.parameters()], optimizer
 
 
 @pytest.mark.parametrize("config", [CONFIG, ADAMW], ids=["Muon and AdamW", "AdamW alone"])
 def test_one_loss_scale_for_muon_and_adamw(monkeypatch, config):
     """fp16 scales the loss; the scale must be taken out of all gradients exactly once, before they are clipped."""
     job = job_of(config, STEADY)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    scaler = torch.amp.GradScaler(h.best_device(), init_scale=2.0**10, growth_interval=2)
     norms, plain, _ = loop(monkeypatch, job)
     norms_scaled, scaled, optimizer = loop(monkeypatch, job, scaler)
     assert scaler.get_scale() == 2.0**11, "it was updated once a step"
@@ -1338,7 +1347,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(monkeypatch):
         inputs, targets, weight = h.diffusion_batch(sequences, generator, learned)
         return inputs, targets, weight * math.inf
 
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(h.best_device(), init_scale=2.0**10)
     _, after, optimizer = loop(monkeypatch, job_of(model=STEADY, make_batch=infinite), scaler)
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(h.Transformer(STEADY).parameters(), after))
@@ -1352,7 +1361,7 @@ def scaled(monkeypatch):
 
     def with_scaler(*given, **options):
         accelerator = accelerate(*given, **options)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        accelerator.scaler = torch.amp.GradScaler(h.best_device(), init_scale=2.0**10, growth_interval=3)
         made.append(accelerator)
         return accelerator
 

@@ -126,9 +126,11 @@ def test_the_average_is_that_of_the_weights_of_a_training_as_usual(tmp_path, mon
     for name in seen[0]:
         assert all(torch.equal(a[name], b[name]) for a, b in zip(seen, ours)), name
         shares = torch.tensor([(n**8 - (n - 1) ** 8) / 12**8 for n in range(1, 13)])  # the integral of n^7
+        shares = shares.to(seen[0][name].device)
         expected = torch.einsum("n,n...->...", shares, torch.stack([weights[name] for weights in seen]))
         assert torch.allclose(run.model.average.get_buffer(name), expected, atol=1e-6), name
-    assert not run.model.training and close(run.model(ids_of(1, 9)), run.model.average(ids_of(1, 9)))
+    ids = ids_of(1, 9).to(run.model.head.weight.device)
+    assert not run.model.training and close(run.model(ids), run.model.average(ids))
 
 
 def test_an_interrupted_average_goes_on_exactly(tmp_path, monkeypatch):
