@@ -101,7 +101,7 @@ def training_rows(preset: h.Preset, vocab_size: int, device, rounds: int) -> lis
 
 def load(preset: h.Preset, vocab_size: int, causal: bool, length: int, device) -> tuple[h.Transformer, bool]:
     """A model for sequences of `length`, and whether it is the preset's latest trained one."""
-    config = replace(preset.model(vocab_size, causal, dropout=0.0), seq_len=length)
+    config = replace(preset.model(vocab_size, causal), seq_len=length, dropout=0.0)
     model = h.Transformer(config).to(device).eval()
     files = Path("checkpoints").glob(f"{preset.name}-{'ar' if causal else 'llada'}-*/best/model.safetensors")
     for file in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True):

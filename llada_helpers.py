@@ -9,7 +9,6 @@ alone. Training step s is a pure function of (seed, s). Losses and likelihoods a
 are those of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 """
 
-import ast
 import contextlib
 import functools
 import hashlib
@@ -23,13 +22,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from pydoc_data import topics
 
 import ipywidgets as widgets
 import numpy as np
@@ -59,6 +57,11 @@ CORPUS_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/ti
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+def _refuse(wrong: bool, said: str) -> None:
+    if wrong:
+        raise ValueError(said)
+
+
 def cache_path() -> Path:
     """Where the downloaded corpus is kept (and where it can be put by hand)."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -78,15 +81,13 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")  # all line ends become "\n"
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 ({error}); pass a text file that can (iconv -t UTF-8)") from error
-    if not text.strip() or "\0" in text:
-        raise ValueError(f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text")
+    said = f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text"
+    _refuse(not text.strip() or "\0" in text, said)
     return text
 
 
 def _offline_corpus() -> str:
-    from pydoc_data import topics
-
-    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
 
 
 def load_text(path: str | os.PathLike | None = None) -> str:
@@ -104,11 +105,8 @@ def load_text(path: str | os.PathLike | None = None) -> str:
         if not is_corpus(response.content):
             raise OSError(f"the SHA-256 of the download is not {CORPUS_SHA256}")
     except OSError as error:  # requests' exceptions are OSErrors
-        warnings.warn(
-            f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Using Python's own help texts instead: the numbers "
-            f"will not be comparable. To use it, save {CORPUS_URL} as {cached}, or set LLADA_DATA to any UTF-8 text.",
-            stacklevel=2,
-        )
+        said = f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Python's own help texts stand in: no number is"
+        warnings.warn(f"{said} comparable. Save {CORPUS_URL} as {cached}, or set LLADA_DATA to any UTF-8 text.", stacklevel=2)
         return _offline_corpus()
     with contextlib.suppress(OSError):  # a text that cannot be kept is there all the same
         write_atomically(cached, response.content)
@@ -135,15 +133,13 @@ def corpus_name(text: str) -> str:
 def require(text: str, preset: "Preset") -> None:
     """ValueError, before anything is trained, if `text` is too short for `preset`: training takes 80%, and each of the two parts
     that are left, for validation and test, must fill one window of `seq_len` characters."""
-    if len(text) < 10 * preset.seq_len:
-        needs = [f"{name} needs {10 * known.seq_len:,}" for name, known in PRESETS.items()]
-        raise ValueError(f"the text has {len(text):,} characters; pass a longer one, or set LLADA_PRESET ({', '.join(needs)})")
+    needs = ", ".join(f"{name} needs {10 * known.seq_len:,}" for name, known in PRESETS.items())
+    said = f"the text has {len(text):,} characters; pass a longer one, or set LLADA_PRESET ({needs})"
+    _refuse(len(text) < 10 * preset.seq_len, said)
 
 
 class CharTokenizer:
-    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, the sorted characters, then your own `special` tokens.
-
-    Words may stand for characters: a list of words is a text as well. Special tokens are named in lists only: no text spells one.
+    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, then the sorted characters. No text spells a special token.
 
     >>> tokenizer = CharTokenizer.from_text("banana")
     >>> tokenizer.encode("nab").tolist(), tokenizer.decode([2, 6, 4, 1, 3, 5])
@@ -151,43 +147,35 @@ class CharTokenizer:
     """
     pad_id, mask_id, start_id, end_id = PAD_ID, MASK_ID, START_ID, END_ID
 
-    def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
-        known = [*SPECIAL_TOKENS, *characters, *special]
-        if len(set(known)) < len(known) or not characters or "" in known or len(min(special, key=len, default="ab")) < 2:
-            raise ValueError(f"characters={characters!r}, special={special}: pass distinct ones, special ones of two letters up")
-        self.characters, self.special, self.vocab_size = characters, tuple(special), len(known)
-        self._id_of = {c: i for i, c in enumerate(known)}
-        self._shown = ["", MASK_GLYPH, "", "", *characters, *("" for _ in special)]
+    def __init__(self, characters: str):
+        _refuse(not 0 < len(characters) == len(set(characters)), f"characters={characters!r}: pass some, each of them once")
+        self.characters, self.vocab_size = characters, len(SPECIAL_TOKENS) + len(characters)
+        self._id_of = {c: i for i, c in enumerate([*SPECIAL_TOKENS, *characters])}
+        self._shown = ["", MASK_GLYPH, "", "", *characters]
 
     @classmethod
-    def from_text(cls, text: str | list[str], special: tuple[str, ...] = ()) -> "CharTokenizer":
-        if not text:
-            raise ValueError("the text is empty; pass at least one character")
-        found = sorted(set(text).difference(SPECIAL_TOKENS, special))
-        return cls("".join(found) if isinstance(text, str) else found, special)
+    def from_text(cls, text: str) -> "CharTokenizer":
+        return cls("".join(sorted(set(text))))
 
-    def encode(self, text: str | list[str]) -> Tensor:
+    def encode(self, text: str) -> Tensor:
         """LongTensor[len(text)]. ValueError names the characters that the vocabulary lacks."""
         if unknown := sorted(set(text) - self._id_of.keys()):
             raise ValueError(f"characters not in the vocabulary: {unknown}; use characters of the training text only")
         return torch.tensor([self._id_of[c] for c in text], dtype=torch.long)
 
     def decode(self, ids) -> str:
-        """Text up to the first [END], with spaces between words; [MASK] is shown as a block, other special tokens are skipped."""
-        shown = [self._shown[i] for i in itertools.takewhile(lambda i: i != END_ID, torch.as_tensor(ids).tolist())]
-        return ("" if isinstance(self.characters, str) else " ").join(filter(None, shown))
+        """Text up to the first [END]; [MASK] is shown as a block, other special tokens are skipped."""
+        return "".join(self._shown[i] for i in itertools.takewhile(lambda i: i != END_ID, torch.as_tensor(ids).tolist()))
 
     def to_json(self) -> str:
-        return json.dumps({"special_tokens": [*SPECIAL_TOKENS, *self.special], "characters": self.characters})
+        return json.dumps({"special_tokens": SPECIAL_TOKENS, "characters": self.characters})
 
     @classmethod
     def from_json(cls, text: str) -> "CharTokenizer":
         try:
             made = json.loads(text)
-            names, characters = made["special_tokens"], made["characters"]
-            if names[: len(SPECIAL_TOKENS)] != [*SPECIAL_TOKENS] or not {type(characters), *map(type, characters)} <= {str, list}:
-                raise TypeError(f"special_tokens={names}, characters={characters}")
-            return cls(characters, tuple(names[len(SPECIAL_TOKENS) :]))
+            _refuse(made["special_tokens"] != [*SPECIAL_TOKENS], "other special tokens")
+            return cls("".join(made["characters"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
 
@@ -195,17 +183,15 @@ class CharTokenizer:
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
     """The first `fraction` of ids for training, the rest for validation: by position, so that no sentence is in both."""
     cut = int(fraction * len(ids))
-    if not 0 < cut < len(ids):
-        raise ValueError(f"{fraction} of {len(ids)} ids leaves a part empty; pass a longer text, or 0 < fraction < 1")
+    _refuse(not 0 < cut < len(ids), f"{fraction} of {len(ids)} ids leaves a part empty; pass a longer text, or 0 < fraction < 1")
     return ids[:cut], ids[cut:]
 
 
 def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = PAD_ID) -> Tensor:
     """Cut ids [n] into windows [N, seq_len], `stride` apart (default: end to end). The last one is padded, nothing dropped."""
     stride = seq_len if stride is None else stride
-    if seq_len < 1 or not 1 <= stride <= seq_len or ids.ndim != 1 or len(ids) == 0:
-        sizes = f"ids {tuple(ids.shape)}, seq_len={seq_len}, stride={stride}"
-        raise ValueError(f"{sizes}: pass a vector of ids and 1 <= stride <= seq_len, so that nothing is dropped")
+    said = f"ids {tuple(ids.shape)}, seq_len={seq_len}, stride={stride}: pass a vector of ids and 1 <= stride <= seq_len"
+    _refuse(not 1 <= stride <= seq_len or ids.ndim != 1 or len(ids) == 0, f"{said}, so that nothing is dropped")
     count = 1 + max(0, math.ceil((len(ids) - seq_len) / stride))
     padding = (count - 1) * stride + seq_len - len(ids)
     return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
@@ -223,21 +209,37 @@ def _refuse(wrong: bool, said: str) -> None:
         raise ValueError(said)
 
 
-def _check_ids(ids: Tensor, model, special: set[int]) -> None:
-    config, said = getattr(model, "config", None), f"{ids.dtype} {tuple(ids.shape)}"
-    _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"sequences, template or prompt is {said}; pass a LongTensor [B, L] of ids")
-    if config:
-        used = special | ({int(ids.min()), int(ids.max())} if ids.numel() and ids.device.type == "cpu" else set())  # no GPU waits
-        outside = not 0 <= min(used) <= max(used) < config.vocab_size
-        _refuse(outside, f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}")
-
-
-def _check_times(t: float | Tensor, sequences: Tensor, lowest: float) -> Tensor:
-    t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device)
-    rows, inside = len(sequences), (t >= lowest) & (t <= 1)
-    _refuse(t.ndim > 1 or (t.ndim == 1 and len(t) != rows), f"t has shape {tuple(t.shape)}; pass one number or {rows}, one a row")
-    _refuse(not bool(inside.all()), f"t={t.tolist()}: pass times in {'(' if lowest else '['}0, 1]")
-    return t.expand(rows)
+def _check(a: dict, maskable: Callable, lowest: float) -> None:
+    """ValueError for what is out of range among arguments, known by their names; fills in defaults."""
+    name, ids = next((name, a[name]) for name in a if name in ("sequences", "template", "prompt"))
+    _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"{name} is {ids.dtype} {tuple(ids.shape)}; pass ids LongTensor [B, L]")
+    for name in {"steps", "n_samples", "length"} & a.keys():
+        _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
+    if config := getattr(a.get("model"), "config", None):
+        used = {a[name] for name in ("mask_id", "start_id") if name in a}.union(a.get("forbidden", ()))
+        used |= {*map(int, ids.aminmax())} if ids.numel() and ids.device.type == "cpu" else set()  # no GPU waits
+        said = f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}"
+        _refuse(not 0 <= min(used) <= max(used) < config.vocab_size, said)
+        length, longest = ids.shape[1] + a.get("length", 0), getattr(config, "seq_len", math.inf)
+        _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+    for name in {"maskable", "mask", "counted"} & a.keys():
+        default = ids != a["pad_id"] if "pad_id" in a else maskable(ids)
+        given = a[name] = default if a[name] is None else a[name]
+        said = f"{name} is {given.dtype} {tuple(given.shape)}; pass bool {tuple(ids.shape)}"
+        _refuse(given.shape != ids.shape or given.dtype != torch.bool, said)
+    if a.get("t") is not None:
+        t = torch.as_tensor(a["t"], dtype=torch.float32, device=ids.device)
+        _refuse(t.shape not in ((), (len(ids),)), f"t has shape {tuple(t.shape)}; pass one number or {len(ids)}, one a row")
+        _refuse(not bool(((t >= lowest) & (t <= 1)).all()), f"t={t.tolist()}: pass times in {'(' if lowest else '['}0, 1]")
+        a["t"] = t.expand(len(ids))
+    if "top_p" in a:
+        said = f"temperature={a['temperature']}, top_p={a['top_p']}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)"
+        _refuse(not (0 <= a["temperature"] < math.inf and 0 < a["top_p"] <= 1), said)
+    if "prompt" in a:
+        _refuse(bool((ids == PAD_ID).any()), "what follows [PAD] would go on from it; pass prompts of one length, without [PAD]")
+    if "template" in a:
+        a["remasking"] = named_strategy(a["remasking"], a["generator"], a["block_length"])
+        _refuse(not bool((ids == a["mask_id"]).any()), "nothing to fill: pass a template with mask_id where tokens are wanted")
 
 
 def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.bool), lowest: float = 0.0) -> Callable:
@@ -251,21 +253,7 @@ def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.b
         def wrapped(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            a = bound.arguments
-            ids = next(a[name] for name in ("sequences", "template", "prompt") if name in a)
-            special = {a[name] for name in ("mask_id", "start_id") if name in a} | set(a.get("forbidden", ()))
-            _check_ids(ids, a.get("model"), special)
-            for name in {"maskable", "mask", "counted"} & a.keys():
-                default = (ids != a["pad_id"]) if "pad_id" in a else maskable(ids)
-                a[name] = default if a[name] is None else a[name]
-                wrong = a[name].shape != ids.shape or a[name].dtype != torch.bool
-                _refuse(wrong, f"{name} is {a[name].dtype} {tuple(a[name].shape)}; pass bool {tuple(ids.shape)}")
-            for name in {"steps", "n_samples", "length"} & a.keys():
-                _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
-            if a.get("t") is not None:
-                a["t"] = _check_times(a["t"], ids, lowest)
-            if "top_p" in a:
-                _check_sampling(ids, a)
+            _check(bound.arguments, maskable, lowest)
             return function(*bound.args, **bound.kwargs)
         return wrapped
     return decorate
@@ -317,15 +305,15 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.rotary_base)
-        if min(sizes) <= 0 or self.n_embd % (2 * self.n_head) or not 0 <= self.dropout < 1:
-            raise ValueError(f"{self}: pass positive sizes, n_embd divisible by 2 * n_head (rotary) and dropout in [0, 1)")
+        wrong = min(sizes) <= 0 or self.n_embd % (2 * self.n_head) or not 0 <= self.dropout < 1
+        _refuse(wrong, f"{self}: pass positive sizes, n_embd divisible by 2 * n_head (rotary) and dropout in [0, 1)")
 
 
 class KVCache:
-    """Keys and values of all positions, [n_layer, B, H, seq_len, D]: exact if causal; LLaDA's change with later characters."""
+    """Keys and values of all positions, [2, n_layer, B, H, seq_len, D]: exact if causal; LLaDA's change with later characters."""
     def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
-        shape = (config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        shape = (2, config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
+        self.kept = like.new_zeros(shape)
         self.padded = torch.zeros(batch_size, config.seq_len, dtype=torch.bool, device=like.device)
         self.length = 0
 
@@ -337,9 +325,8 @@ class KVCache:
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a slice's keys and values [B, H, l, D]; returns those of all positions so far."""
-        self.keys[layer, :, :, start : start + k.shape[2]] = k
-        self.values[layer, :, :, start : start + k.shape[2]] = v
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+        self.kept[:, layer, :, :, start : start + k.shape[2]] = torch.stack((k, v))
+        return self.kept[:, layer, :, :, : self.length].unbind()
 
 
 class RMSNorm(torch.autograd.Function):
@@ -469,7 +456,7 @@ def diffusion_batch(sequences: Tensor, generator: torch.Generator | None = None,
 
 
 def next_token_batch(sequences: Tensor, generator: torch.Generator | None = None, counted: Tensor | None = None,
-                     start_id: int = START_ID, pad_id: int = PAD_ID) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                     start_id: int = START_ID, pad_id: int = PAD_ID) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs [START] x_1 ... x_{L-1}, targets x_1 ... x_L (Eq. 2), weights that make the batch a mean over its counted tokens."""
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
     counted = (sequences != pad_id if counted is None else counted).float()
@@ -571,10 +558,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embeddings and head, or for all if `muon_lr` is 0; "peak": their rates."""
     parts = {"qkv": 3, "attention_out": 1, "mlp_in": 1, "mlp_out": 1} if config.muon_lr else {}
     matrices = {getattr(block, name).weight: n for name, n in parts.items() for block in model.blocks}
-    groups = [{"params": [p for p in model.parameters() if p not in matrices], "lr": config.adamw_lr}]
-    if matrices:
-        groups.insert(0, {"params": list(matrices), "lr": config.muon_lr, "parts": list(matrices.values())})
-    return Muon([group | {"peak": group["lr"]} for group in groups], config.weight_decay)
+    muon = {"params": list(matrices), "lr": config.muon_lr, "parts": list(matrices.values())}
+    adamw = {"params": [p for p in model.parameters() if p not in matrices], "lr": config.adamw_lr}
+    return Muon([group | {"peak": group["lr"]} for group in (muon, adamw) if group["params"]], config.weight_decay)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -711,11 +697,12 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     config, device, parts = job.train, best_device(), max(1, job.train.accumulation)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
     sizes = [*map(torch.numel, (job.train_ids, job.val_ids)), config.steps, config.batch_size, config.evals, config.eval_windows]
-    if min(*sizes, config.accumulation) < 1 or config.batch_size % (accelerator.num_processes * parts):
-        shares = f"{accelerator.num_processes} processes x {parts} micro-batches"
-        raise ValueError(f"{config}, {sizes[0]} + {sizes[1]} ids: pass at least one of each, and a batch for {shares} to share")
+    wrong = min(*sizes, config.accumulation) < 1 or config.batch_size % (accelerator.num_processes * parts) > 0
+    said = f"{config}, {sizes[0]} + {sizes[1]} ids: pass at least one of each, and a batch for {accelerator.num_processes}"
+    _refuse(wrong, f"{said} processes x {parts} micro-batches to share")
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
     with log.alone():
+        accelerator.wait_for_everyone()
         if log.complete():
             if not quiet:
                 print(f"{name}: complete since before, loaded from {log.path}")
@@ -756,19 +743,14 @@ class TrainingLog:
         self.anew = os.environ.get("LLADA_RETRAIN") == "1"
         self.record = {"name": name, "complete": False, **job.settings()}
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> contextlib.AbstractContextManager:
         """Wait for whoever else is at this training. The system takes the lock from a process that is killed."""
-        with contextlib.ExitStack() as held:
-            if self.main:
-                lock = FileLock(self.path / "lock")
-                try:
-                    held.enter_context(lock.acquire(timeout=0))
-                except Timeout:
-                    print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
-                    held.enter_context(lock)
-            self.accelerator.wait_for_everyone()
-            yield
+        lock = FileLock(self.path / f"lock{self.accelerator.process_index or ''}")
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
+            return lock.acquire()
 
     def complete(self) -> bool:
         """Whether the run is complete; then `record` is what it left. A damaged record is written anew from the last state."""
@@ -822,8 +804,8 @@ class TrainingLog:
     def steps_left(self) -> Iterator[int]:
         """The numbers of the steps to make, with a progress bar."""
         shown = {"desc": self.record["name"], "file": sys.stdout, "mininterval": 10, "delay": 5, "ncols": 100}
-        steps = self.job.train.steps
-        self.bar = tqdm(range(self.step, steps), initial=self.step, total=steps, disable=self.silent, **shown)
+        total = self.job.train.steps
+        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, disable=self.silent, **shown)
         return self.bar
 
     def note(self, loss: Tensor, targets: Tensor, weight: Tensor) -> None:
@@ -854,17 +836,14 @@ class TrainingLog:
         self.noted = []
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
         if self.main:
-            self._save(row)
+            if all(val_loss < earlier["val_loss"] for earlier in self.rows[:-1]):
+                save_model(self.best, self.twin)
+            for key in METRICS[3:]:
+                self.writer.add_scalar(key, row[key], self.step)
+            scaler = self.accelerator.scaler
+            notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler and scaler.state_dict()}
+            save_state(*self.states, self.model, self.optimizer, notes)
         self.write()
-
-    def _save(self, row: dict) -> None:
-        if all(row["val_loss"] < earlier["val_loss"] for earlier in self.rows[:-1]):
-            save_model(self.best, self.twin)
-        for key in METRICS[3:]:
-            self.writer.add_scalar(key, row[key], self.step)
-        scaler = self.accelerator.scaler
-        notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler and scaler.state_dict()}
-        save_state(*self.states, self.model, self.optimizer, notes)
 
     def write(self) -> None:
         """Write record and metrics as they stand."""
@@ -927,16 +906,14 @@ def save_state(path: Path, older: Path, model: nn.Module, optimizer: Muon, notes
 def load_state(path: Path, mark: str, model: nn.Module, optimizer: Muon) -> dict:
     """Put back what `save_state` wrote; returns the notes. ValueError if it is damaged or of another run than `mark`."""
     digest, data = path.read_bytes()[:32], path.read_bytes()[32:]
-    if hashlib.sha256(data).digest() != digest:
-        raise ValueError(f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start")
+    said = f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start"
+    _refuse(hashlib.sha256(data).digest() != digest, said)
     tensors, state = safetensors.torch.load(data), optimizer.state_dict()
     notes = json.loads(bytes(tensors["notes"].tolist()))
-    if notes["fingerprint"] != mark:
-        raise ValueError(f"the checkpoint {path} is of another run, {notes['fingerprint']}, not of {mark}; delete it")
-    for key in tensors:
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = tensors[key]
+    said = f"the checkpoint {path} is of another run, {notes['fingerprint']}, not of {mark}; delete it"
+    _refuse(notes["fingerprint"] != mark, said)
+    for i, name in (key.split(".")[1:] for key in tensors if key.startswith("optimizer.")):
+        state["state"].setdefault(int(i), {})[name] = tensors[f"optimizer.{i}.{name}"]
     model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
     optimizer.load_state_dict(state)
     return notes
@@ -948,20 +925,16 @@ def works(device: str, compiled: bool = False) -> bool:
 
     By trial: a GPU, a Mac's "mps" or a C++ compiler may be there and not work.
     """
-    def trained(place: str, function: Callable) -> Tensor:
+    def trained(place: str, compile_it: bool = False) -> Tensor:
         x = torch.eye(4, device=place, requires_grad=True)
-        function(x).backward()
+        torch.compile(lambda x: (x @ x).tanh().sum(), disable=not compile_it)(x).backward()
         torch.optim.AdamW([x], fused=True).step()
         return x.detach().cpu()
 
-    def loss(x: Tensor) -> Tensor:
-        return (x @ x).tanh().sum()
-
     try:
-        torch.testing.assert_close(trained(device, torch.compile(loss) if compiled else loss), trained("cpu", loss))
+        torch.testing.assert_close(trained(device, compiled), trained("cpu"))
     except Exception as error:  # a compiler or a driver may fail in any way
-        kind = "torch.compile" if compiled else device
-        reason = str(error).strip().split("\n")[0]
+        kind, (reason, *_) = "torch.compile" if compiled else device, str(error).strip().split("\n")
         warnings.warn(f"{kind} does not work here ({reason}); training goes on without, more slowly", stacklevel=4)
         return False
     return True
@@ -981,8 +954,8 @@ def mixed_precision() -> str:
 
 def describe_machine() -> dict[str, str]:
     """Device and versions, for the first cell and for each run's record."""
-    cpuinfo, (status, commit) = Path("/proc/cpuinfo"), subprocess.getstatusoutput("git rev-parse --short HEAD")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "") or ["", "CPU"]
+    status, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
+    cpu = re.search(r"model name\s*: (.*)", subprocess.getoutput("cat /proc/cpuinfo")) or ["", "CPU"]
     device = torch.cuda.get_device_name() if best_device() == "cuda" else f"{cpu[1]}, {torch.get_num_threads()} threads"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     return {"device": device, **versions, "commit": "none" if status else commit}
@@ -1008,15 +981,9 @@ class Generation:
     def __post_init__(self):
         self.confidence = torch.ones_like(self.ids, dtype=torch.float) if self.confidence is None else self.confidence
 
-    @classmethod
-    def of(cls, template: Tensor) -> "Generation":
-        """The beginning: nothing is committed, all that is not masked was given."""
-        return cls(template, torch.full_like(template, -1), nfe=0)
-
     def commit(self, step: int, stay: Tensor, tokens: Tensor, probs: Tensor) -> None:
         """One pass more: `tokens` [B, L], of distributions [B, L, V], become final where BoolTensor[B, L] `stay` is true."""
-        if not bool(stay.any()):
-            raise ValueError("the strategy commits nothing where the schedule wants something; return a masked position")
+        _refuse(not bool(stay.any()), "the strategy commits nothing where some is due; return a masked position")
         self.ids, self.order, self.nfe = self.ids.where(~stay, tokens), self.order.masked_fill(stay, step), self.nfe + 1
         self.confidence = self.confidence.where(~stay, probs.gather(-1, tokens[..., None])[..., 0].float())
 
@@ -1030,51 +997,20 @@ class Generation:
 
 
 def _inference(function):
-    """No gradients, and evaluation mode for the time of the call if the mask predictor is a module."""
+    """Decorator: no gradients, evaluation mode, and tensors on the model's device, or on the CPU if that has no float64."""
     @functools.wraps(function)
     def wrapped(model, *args, **kwargs):
-        was_training = isinstance(model, nn.Module) and model.training
-        try:
-            return torch.no_grad()(function)(model.eval() if was_training else model, *args, **kwargs)
-        finally:
-            if was_training:
-                model.train()
-    return wrapped
-
-
-def _float64(x: Tensor) -> Tensor:
-    """x in float64, on the CPU where its device has none (Apple's)."""
-    try:
-        return x.double()
-    except TypeError:
-        return x.cpu().double()
-
-
-def _placed(function):
-    """Decorator: ids on the model's device, whatever it is; on the CPU, but for the model, if that device has no float64."""
-    @functools.wraps(function)
-    def wrapped(model, ids, *args, **kwargs):
-        parameter = next(model.parameters(), ids) if isinstance(model, nn.Module) else ids
-        asked, home = parameter.device, _float64(parameter.detach().flatten()[:0]).device
-        predict = model if home == asked else lambda x: model(x.to(asked)).to(home)
+        module = model if isinstance(model, nn.Module) else nn.Identity()
+        asked, was_training = next(module.parameters(), args[0]).device, module.training
+        home = torch.device("cpu") if asked.type == "mps" else asked
+        elsewhere = functools.wraps(model)(lambda ids, **options: model(ids.to(asked), **options).to(home))
         args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
-        return _inference(function)(predict, ids.to(home), *args, **kwargs)
+        try:
+            module.eval()
+            return torch.no_grad()(function)(model if home == asked else elsewhere, *args, **kwargs)
+        finally:
+            module.train(was_training)
     return wrapped
-
-
-def _check_sampling(ids: Tensor, a: dict) -> None:
-    temperature, top_p, length = a["temperature"], a["top_p"], ids.shape[1] + a.get("length", 0)
-    longest = getattr(getattr(a["model"], "config", None), "seq_len", length)
-    wrong = not (0 <= temperature < math.inf and 0 < top_p <= 1)
-    _refuse(wrong, f"temperature={temperature}, top_p={top_p}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)")
-    _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
-    if "prompt" in a:
-        padded = bool((ids == PAD_ID).any())
-        _refuse(padded, "a padded prompt would be continued after its padding; pass prompts of one length, without [PAD]")
-    else:
-        a["remasking"] = named_strategy(a["remasking"], a["generator"], a["block_length"])
-        nothing = not bool((ids == a["mask_id"]).any())
-        _refuse(nothing, "nothing to fill: pass a template with mask_id where tokens are wanted")
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, banned=()) -> Tensor:
@@ -1084,16 +1020,15 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     al. 2024, arXiv:2409.02908). `banned`: ids that are never drawn. ValueError: logits NaN or infinite (-inf, impossible, is
     fine), a banned id that is none, a row where every token is banned or impossible.
     """
-    if not bool((logits < math.inf).all()) or any(not 0 <= token < logits.shape[-1] for token in banned):
-        said = f"the logits [..., {logits.shape[-1]}] are not finite, or lack one of the ids {sorted(banned)}"
-        raise ValueError(f"{said}; pass a model without NaN and infinity, mask_id and forbidden ids below vocab_size")
+    said = f"the logits [..., {logits.shape[-1]}] are not finite, or lack one of the ids {sorted(banned)}"
+    wrong = not bool((logits < math.inf).all()) or any(not 0 <= token < logits.shape[-1] for token in banned)
+    _refuse(wrong, f"{said}; pass a model without NaN and infinity, mask_id and forbidden ids below vocab_size")
     logits = logits.index_fill(-1, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -math.inf)
     best, tokens = logits.max(dim=-1)
-    if bool(best.isneginf().any()):
-        raise ValueError("every token that the model allows is forbidden; pass fewer forbidden ids")
+    _refuse(bool(best.isneginf().any()), "every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
         return tokens
-    probs = (_float64(logits - best[:, None]) / temperature).exp()  # times a constant of the row
+    probs = ((logits - best[:, None]).double() / temperature).exp()  # times a constant of the row
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(dim=-1) - ranked >= top_p * probs.sum(dim=-1, keepdim=True)] = 0  # the first token always stays
@@ -1102,7 +1037,7 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     total = cdf[:, -1:]
     point = _uniform((len(cdf), 1), cdf, generator, torch.float64) * total
     drawn = torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)
-    return drawn[:, 0].to(logits.device)
+    return drawn[:, 0]
 
 
 # Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L].
@@ -1163,11 +1098,10 @@ def blockwise(strategy: Strategy, length: int) -> Strategy:
 
     def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
         longest = int(n.max())
-        if length < 1 or (length != longest and bool((n % length).any())):
-            raise ValueError(f"block_length={length}: pass a positive divisor of the number of masks {n.tolist()}")
+        wrong = length < 1 or (length != longest and bool((n % length).any()))
+        _refuse(wrong, f"block_length={length}: pass a positive divisor of the number of masks {n.tolist()}")
         blocks = -(-longest // length)
-        if steps % blocks:
-            raise ValueError(f"steps={steps}: pass a positive multiple of the number of blocks, {blocks}")
+        _refuse(steps % blocks > 0, f"steps={steps}: pass a positive multiple of the number of blocks, {blocks}")
         block, step = divmod(step, steps // blocks)
         ahead = (n - masked.sum(dim=1)) // length > block  # such a row waits
         inside, due = getattr(strategy, "schedule", evenly)(opened(masked), n.clamp(max=length), step, steps // blocks)
@@ -1188,14 +1122,13 @@ REMASKING = tuple(BUILT_IN)
 
 def named_strategy(remasking: str | Strategy, generator: torch.Generator | None, block_length: int | None = None) -> Strategy:
     """The strategy of that name, one of `REMASKING`, or the function itself; in blocks, if they have a length."""
-    unknown = not callable(remasking) and remasking not in REMASKING
-    _refuse(unknown, f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
-    strategy = remasking if callable(remasking) else BUILT_IN[remasking](generator)
+    strategy = BUILT_IN.get(remasking, lambda _: remasking)(generator)
+    _refuse(not callable(strategy), f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
     return strategy if block_length is None else blockwise(strategy, block_length)
 
 
 @_checked()
-@_placed
+@_inference
 def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, steps: int, temperature=0.0, top_p=1.0,
                     remasking: str | Strategy = "low_confidence", block_length: int | None = None,
                     forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
@@ -1217,7 +1150,8 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
     >>> made.ids.tolist(), made.order.tolist(), made.nfe
     ([[4, 5, 6, 7]], [[2, -1, 1, 0]], 3)
     """
-    made, n, schedule = Generation.of(template), (template == mask_id).sum(dim=1), getattr(remasking, "schedule", evenly)
+    made, n = Generation(template, torch.full_like(template, -1), nfe=0), (template == mask_id).sum(dim=1)
+    schedule = getattr(remasking, "schedule", evenly)
     for step in itertools.count():
         masked, due = schedule(made.ids == mask_id, n, step, steps)  # x_t, and how many are filled on the way to s
         if bool((due > 0).any()):
@@ -1237,13 +1171,10 @@ def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **o
 
     Texts are padded into one batch; `options` are those of `reverse_process`, with `steps`. ValueError: a text without a blank.
     """
-    rows = []
-    for text in texts:
-        pieces = re.split(r"\[(_+)\]", text)  # text, underscores, text, underscores, ..., text
-        if len(pieces) < 3:
-            raise ValueError(f"{text!r} has no blank: mark one with [___], an underscore for each character")
-        rows.append(torch.cat([torch.full((len(p),), MASK_ID) if i % 2 else tokenizer.encode(p) for i, p in enumerate(pieces)]))
-    template = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+    pieces = [re.split(r"\[(_+)\]", text) for text in texts]  # of each: text, underscores, text, underscores, ..., text
+    texts = [["[MASK]" if i % 2 else c for i, piece in enumerate(split) for c in piece] for split in pieces]
+    _refuse(not all("[MASK]" in text for text in texts), "a text has no blank: mark it with [___], an underscore for a character")
+    template = nn.utils.rnn.pad_sequence([*map(tokenizer.encode, texts)], batch_first=True, padding_value=PAD_ID)
     made = reverse_process(model, template, mask_id=MASK_ID, forbidden=(PAD_ID, START_ID, END_ID), **options)
     return [tokenizer.decode(row) for row in made.ids]
 
@@ -1261,7 +1192,8 @@ def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: 
     >>> generate_ar(successor, torch.tensor([[4, 5]]), 2, start_id=START_ID).ids.tolist()
     [[4, 5, 6, 7]]
     """
-    cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
+    own = inspect.unwrap(model)  # where the model is asked on another device
+    cache = KVCache(own.config, len(prompt), own.embed.weight) if isinstance(own, Transformer) else None
     ids, confidence = F.pad(prompt, (1, 0), value=start_id), [torch.ones(prompt.shape, device=prompt.device)]
     for _ in range(length):
         new = {"cache": cache, "start": cache.length} if cache else {}  # with a cache only what it has not seen: first the prompt
@@ -1284,7 +1216,7 @@ def token_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Te
 
 
 @_checked()
-@_placed
+@_inference
 def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None) -> Tensor:
     """Exact -log p of each sequence [B, L] under the AR model, sum_i -log p(x_i | x_1 ... x_{i-1}), FloatTensor[B], nats (Eq. 2).
 
@@ -1292,13 +1224,6 @@ def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int =
     """
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
     return token_nll(model, inputs, sequences, counted).sum(dim=1)
-
-
-@_checked()
-@_placed
-def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
-    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
-    return token_nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
 
 
 def exact_masks(count: Tensor, maskable: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -1315,7 +1240,7 @@ def stratified_shares(n_samples: int, like: Tensor, generator: torch.Generator |
 
 
 @_checked()
-@_placed
+@_inference
 def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
           generator: torch.Generator | None = None) -> Tensor:
     """Bound on -log p of sequences [B, L], [B] nats: for each stratum l, mask exactly l of n, n/l times their cost (Eqs. 4, 6).
@@ -1387,7 +1312,7 @@ def text_metrics(texts: list[str], copies: set[str], words: set[str]) -> dict[st
     inner = [word.lower() in words for text in texts for word in WORD.findall(text)[1:-1]]
     triples, runs = ([run for text in texts for run in runs_of(text, length)] for length in (3, COPY))
     scores = {"known words": sum(inner) / max(1, len(inner)), "distinct-3": len(set(triples)) / max(1, len(triples))}
-    scores["char entropy"] = float(stats.entropy(list(Counter("".join(texts)).values()) or [1]))
+    scores["char entropy"] = float(stats.entropy(pd.Series(list("".join(texts)) or [""]).value_counts()))
     return scores | {"copied": sum(run in copies for run in runs) / max(1, len(runs))}
 
 
@@ -1489,13 +1414,9 @@ def show(*things: Callable) -> None:
 
 def shown_source(thing: Callable) -> str:
     """What `show` displays: the source without private decorators, and of each docstring the first paragraph."""
-    source = textwrap.dedent(inspect.getsource(thing)).rstrip()
-    shown = re.sub(r"^ *@_.*\n", "", source, flags=re.M)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            whole = ast.get_source_segment(source, node)
-            shown = shown.replace(whole, whole.split("\n\n")[0].removesuffix('"""').rstrip() + '"""')
-    return shown
+    shown = re.sub(r"^ *@_.*\n", "", inspect.cleandoc("\n" + inspect.getsource(thing)), flags=re.M)
+    paragraphs = r'^( *r?"""(?:(?!"""|\n\s*\n).)*?)\s*(?:\n\s*\n(?:(?!""").)*)?"""'  # the first one, and all others
+    return re.sub(paragraphs, r'\1"""', shown, flags=re.M | re.S)
 
 
 def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[list[list[tuple[str, int]]]]:
@@ -1568,8 +1489,7 @@ class DenoisingViewer(widgets.VBox):
     @staticmethod
     def _stack(children: list) -> widgets.Widget:
         """Shows one child at a time. ipywidgets 7, which Colab's page speaks, has no Stack: there, tabs with a hidden bar."""
-        stack = getattr(widgets, "Stack", widgets.Tab)(children, selected_index=0)
-        return stack.add_class("llada-pages")
+        return getattr(widgets, "Stack", widgets.Tab)(children, selected_index=0).add_class("llada-pages")
 
     def _panel(self, film: list[str]) -> widgets.Widget:
         first = widgets.HTML(film[0])  # the others share its layout and style, which would be most of the saved notebook
@@ -1593,17 +1513,16 @@ class Preset:
     dropout: float
     llada: TrainConfig
     ar: TrainConfig
-    nelbo_samples: int  # masks per validation window in the final evaluation
-    texts: int  # generated texts per decoder, a multiple of GROUPS
-    blanks: int  # windows with a blank to fill
-    candidates: int  # AR's guesses per blank, for rescoring
-    repeats: int  # generations from the same prompt
-    step_counts: tuple[int, ...]
+    step_counts: tuple[int, ...]  # of the decoders that are compared
+    nelbo_samples: int = 8  # masks per validation window in the final evaluation
+    texts: int = 64  # generated texts per decoder, a multiple of GROUPS
+    blanks: int = 300  # windows with a blank to fill
+    candidates: int = 4  # AR's guesses per blank, for rescoring
+    repeats: int = 32  # generations from the same prompt
     compiled: bool = False
 
-    def model(self, vocab_size: int, causal: bool, **changes) -> ModelConfig:
-        sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "dropout": self.dropout, **changes}
-        return ModelConfig(vocab_size, self.seq_len, causal=causal, **sizes)
+    def model(self, vocab_size: int, causal: bool) -> ModelConfig:
+        return ModelConfig(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.dropout, causal)
 
     def jobs(self, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, Job]:
         """The two trainings of Part 6."""
@@ -1611,27 +1530,23 @@ class Preset:
         return {name: Job(self.model(vocab_size, causal), config, train_ids, val_ids) for name, causal, config in kinds}
 
 
-PRESETS = {
-    "smoke": Preset(
-        "smoke", 64, 2, 2, 32, 0.0, *[TrainConfig(200, 16, evals=5, eval_windows=32)] * 2, nelbo_samples=1, texts=16, blanks=16,
-        candidates=2, repeats=4, step_counts=(4, 16, 64)),
-    "cpu": Preset(
-        "cpu", 128, 5, 4, 128, 0.0, llada=TrainConfig(3150, 32, 0.015, evals=21), ar=TrainConfig(1060, 32, weight_decay=0.2),
-        compiled=True, nelbo_samples=8, texts=64, blanks=300, candidates=4, repeats=32, step_counts=(8, 16, 32, 64, 128)),
-    "gpu": Preset(
-        "gpu", 256, 6, 6, 384, 0.2, llada=TrainConfig(6000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=30),
-        ar=TrainConfig(2000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=20), compiled=True,
-        nelbo_samples=16, texts=128, blanks=1000, candidates=8, repeats=32, step_counts=(8, 16, 32, 64, 128, 256)),
-}  # fmt: skip
-LONG = replace(PRESETS["cpu"], name="cpu_long", seq_len=256, n_layer=6, n_head=5, n_embd=160)
-PRESETS["cpu_long"] = replace(LONG, llada=TrainConfig(6000, 16, 0.015, evals=15), ar=TrainConfig(1500, 16, weight_decay=0.1))
+LITTLE, CPU_COUNTS = TrainConfig(200, 16, evals=5, eval_windows=32), (8, 16, 32, 64, 128)
+PRESETS = {preset.name: preset for preset in (
+    Preset("smoke", 64, 2, 2, 32, 0.0, LITTLE, LITTLE, (4, 16, 64), 1, texts=16, blanks=16, candidates=2, repeats=4),
+    Preset("cpu", 128, 5, 4, 128, 0.0, TrainConfig(3150, 32, 0.015, evals=21), TrainConfig(1060, 32, weight_decay=0.2),
+           CPU_COUNTS, compiled=True),
+    Preset("gpu", 256, 6, 6, 384, 0.2, TrainConfig(6000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=30),
+           TrainConfig(2000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=20), (*CPU_COUNTS, 256), 16, texts=128, blanks=1000,
+           candidates=8, compiled=True),
+    Preset("cpu_long", 256, 6, 5, 160, 0.0, TrainConfig(6000, 16, 0.015, evals=15), TrainConfig(1500, 16, weight_decay=0.1),
+           CPU_COUNTS, compiled=True),
+)}  # fmt: skip
 
 
 def choose_preset() -> Preset:
     """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu"."""
     name = os.environ.get("LLADA_PRESET") or ("gpu" if best_device() == "cuda" else "cpu")
-    if name not in PRESETS:
-        raise ValueError(f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
+    _refuse(name not in PRESETS, f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
     if name == "gpu" and best_device() == "cpu":
         print("No GPU here: the two trainings of the gpu preset take about 30 hours of two CPU cores; cpu_long suits these.")
     return PRESETS[name]

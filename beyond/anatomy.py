@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llada_helpers as H
+from beyond.likelihood import masked_nll
 
 
 class Sizes(NamedTuple):
@@ -62,7 +63,7 @@ def cost_by_rate(model, windows: Tensor, counts: list[int]) -> np.ndarray:
     for count in counts:
         sizes = torch.full((1, len(windows)), count)
         mask = H.exact_masks(sizes, everything, torch.Generator().manual_seed(count))[0]
-        costs.append(H.masked_nll(model, windows, mask, H.MASK_ID).sum(dim=1).cpu().numpy() / count)
+        costs.append(masked_nll(model, windows, mask, H.MASK_ID).sum(dim=1).cpu().numpy() / count)
     return np.array(costs)
 
 
@@ -145,7 +146,7 @@ def cost_by_place(model, windows: Tensor, n_masks: int = 8, seed: int = 0) -> Te
         rate = (k + torch.rand(N, generator=generator)) / n_masks
         count = ((rate * L).long() + 1).clamp(max=L)
         mask = H.exact_masks(count[None], everything, generator)[0]
-        cost += H.masked_nll(model, windows, mask, H.MASK_ID).cpu() * (L / count[:, None] / n_masks)
+        cost += masked_nll(model, windows, mask, H.MASK_ID).cpu() * (L / count[:, None] / n_masks)
     return cost
 
 

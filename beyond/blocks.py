@@ -209,7 +209,7 @@ def block_batch(block_length: int) -> Callable[[Tensor, torch.Generator | None, 
 
 
 @H._checked()
-@H._placed
+@H._inference
 def block_nelbo(
     model: BlockPredictor,
     sequences: Tensor,
@@ -270,7 +270,7 @@ def cached_blocks(model: BlockDiffusion, mask_id: int = H.MASK_ID) -> MaskPredic
     seen = cache = None  # ids of the last pass, keys and values of all that it covered or took over
 
     @H._inference
-    def predict(model: BlockDiffusion, ids: Tensor) -> Tensor:
+    def predict(ask: MaskPredictor, ids: Tensor) -> Tensor:
         nonlocal seen, cache
         if seen is None or len(seen) != len(ids):
             seen, cache = ids[:, :0], H.KVCache(model.config, len(ids), model.embed.weight)
@@ -278,7 +278,7 @@ def cached_blocks(model: BlockDiffusion, mask_id: int = H.MASK_ID) -> MaskPredic
         stale = ((ids[:, :known] != seen[:, :known]) | (ids[:, :known] == mask_id)).any(dim=0).nonzero()[:, 0].tolist()
         first = min([*stale, known, ids.shape[1] - 1])
         start = cache.length = first // model.block_length * model.block_length
-        logits = model(ids[:, start:], cache=cache, start=start)
+        logits = ask(ids[:, start:], cache=cache, start=start)
         seen = ids.clone()
         return F.pad(logits, (0, 0, start, 0))
 

@@ -91,20 +91,21 @@ def cached(model: H.Transformer, template: Tensor, mask_id: int, block_length: i
     seen = cache = logits = None  # ids, keys and values of the last full pass; the logits, kept up to date
 
     @H._inference
-    def predict(model: H.Transformer, ids: Tensor) -> Tensor:
+    def predict(ask: MaskPredictor, ids: Tensor) -> Tensor:
         nonlocal seen, cache, logits
         if ids.shape != template.shape:
             raise ValueError(f"ids have shape {tuple(ids.shape)}; pass {tuple(template.shape)}, as in the template")
         waiting = ids == mask_id
-        inside = block_of == block_of.masked_fill(~waiting, ids.shape[1]).min()
+        blocks = block_of.to(ids.device)
+        inside = blocks == blocks.masked_fill(~waiting, ids.shape[1]).min()
         begins = seen is None or bool((waiting | ~inside).all()) or not torch.equal(ids[~inside], seen[~inside])
         if begins:
             seen, cache = ids.clone(), H.KVCache(model.config, len(ids), model.embed.weight)
-            logits = model(ids, cache=cache)
+            logits = ask(ids, cache=cache)
         else:
             columns = inside.any(dim=0).nonzero()[:, 0]
             start, stop = int(columns[0]), int(columns[-1]) + 1
-            block = model(ids[:, start:stop], cache=cache, start=start)
+            block = ask(ids[:, start:stop], cache=cache, start=start)
             logits = torch.cat((logits[:, :start], block, logits[:, stop:]), dim=1)
         return logits
 

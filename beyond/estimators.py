@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
+from beyond.likelihood import masked_nll
 from llada_helpers import MaskPredictor
 
 
@@ -38,7 +39,7 @@ SIZES["cpu_long"] = SIZES["cpu"]
 def _weighted(model: MaskPredictor, rows: Tensor, mask_id: int, mask: Tensor, weight: Tensor) -> Tensor:
     """Mean over K of weight [K, W] times the summed cross-entropy under mask [K, W, n]; [W]."""
     each = rows.expand(len(mask), -1, -1).reshape(-1, rows.shape[1])
-    nats = H.masked_nll(model, each, mask.reshape(each.shape).to(rows.device), mask_id).sum(dim=1)
+    nats = masked_nll(model, each, mask.reshape(each.shape).to(rows.device), mask_id).sum(dim=1)
     return (nats.view(weight.shape) * weight.to(nats.device)).mean(dim=0)
 
 

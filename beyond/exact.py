@@ -53,7 +53,7 @@ class Unseen(torch.Tensor):
 
 
 @H._checked()
-@H._placed
+@H._inference
 def decoder_nll(
     model: MaskPredictor,
     sequences: Tensor,

@@ -14,7 +14,14 @@ MANY_SAMPLES = 16  # from here on, more of the masks are spent on small l
 
 
 @H._checked()
-@H._placed
+@H._inference
+def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
+    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
+    return H.token_nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
+
+
+@H._checked()
+@H._inference
 def low_noise_nelbo(
     model: MaskPredictor,
     sequences: Tensor,
@@ -60,7 +67,7 @@ def low_noise_nelbo(
     count = torch.minimum((n[drawn] * x).long() + 1, n[drawn])
     mask = H.exact_masks(count, maskable[drawn], generator).expand(n_samples, B, L)
     rows, masks = (z.expand_as(mask).reshape(-1, L) for z in (sequences, mask))
-    nll = H.masked_nll(model, rows, masks, mask_id).view_as(mask).double()
+    nll = masked_nll(model, rows, masks, mask_id).view_as(mask).double()
     level, slope, harder = _what_others_say(nll, mask.double(), count, x, line=power == 2)
     baseline = (level + slope * x)[..., None] + harder
     w, wx = n_samples * (edge**power).diff(dim=0), n_samples * (edge ** (2 * power)).diff(dim=0) / 2  # means over s
@@ -93,7 +100,7 @@ def _what_others_say(nll: Tensor, hidden: Tensor, count: Tensor, x: Tensor, line
 
 
 @H._checked()
-@H._placed
+@H._inference
 def any_order_nll(
     model: MaskPredictor,
     sequences: Tensor,
@@ -121,7 +128,7 @@ def any_order_nll(
     rank = H._uniform(rows.shape, rows, generator).masked_fill(~free, 2.0).argsort(dim=1).argsort(dim=1)
     total = torch.zeros(len(rows), device=rows.device, dtype=torch.float64)
     for step in range(int(free.sum(dim=1).max())):
-        nll = H.masked_nll(model, rows, free & (rank >= step), mask_id)
+        nll = masked_nll(model, rows, free & (rank >= step), mask_id)
         total += nll.masked_fill(rank != step, 0).sum(dim=1)
     return total.view(n_orders, len(sequences)).float()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
+from beyond.toy import WordTokenizer
 
 SIZES = {"smoke": (2, 40, 2), "cpu": (30, 1000, 2), "gpu": (80, 2000, 3)}  # facts per group, steps, seeds
 SIZES["cpu_long"] = SIZES["cpu"]
@@ -36,7 +37,7 @@ class Facts(NamedTuple):
     (('tokenizer', 'forwards', 'backwards', 'told'), ['forwards', 'forwards', 'backwards', 'backwards', 'both', 'both'], 8)
     """
 
-    tokenizer: H.CharTokenizer
+    tokenizer: WordTokenizer
     forwards: Tensor  # LongTensor[F, 7], "X is the Y of Z ."
     backwards: Tensor  # LongTensor[F, 7], "the Y of Z is X ."
     told: np.ndarray  # [F] of str
@@ -65,7 +66,7 @@ def invented_facts(per_group: int, seed: int) -> Facts:
         raise ValueError(f"per_group={per_group}: pass 1 to {len(names) // 3}, there are {len(names)} names")
     names = rng.permutation(names)[:count]
     described = [(ROLES[i % len(ROLES)], PLACES[i // len(ROLES)]) for i in rng.permutation(len(ROLES) * len(PLACES))[:count]]
-    tokenizer = H.CharTokenizer.from_text([*names, *ROLES, *PLACES, "is", "the", "of", "."])
+    tokenizer = WordTokenizer.from_text([*names, *ROLES, *PLACES, "is", "the", "of", "."])
     ways = ([[x, "is", "the", y, "of", z, "."], ["the", y, "of", z, "is", x, "."]] for x, (y, z) in zip(names, described))
     forwards, backwards = (torch.stack([tokenizer.encode(words) for words in way]) for way in zip(*ways))
     return Facts(tokenizer, forwards, backwards, np.repeat(["forwards", "backwards", "both"], per_group))

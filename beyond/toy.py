@@ -1,6 +1,9 @@
-"""The tutorials' toy: five sentences to pre-train on, three prompts with responses for instruction tuning, words as tokens."""
+"""Words as tokens, and the tutorials' toy: five sentences to pre-train on, three prompts with responses to tune on."""
 
 from __future__ import annotations
+
+import itertools
+import json
 
 import torch
 from torch import Tensor
@@ -15,7 +18,52 @@ SENTENCES = ("I love pizza", "I love sushi", "You love pizza", "Math is fun", "T
 PAIRS = {"Solve : 2 + 2 =": "4", "Translate : hello -> Spanish": "hola", "What is the capital of France ?": "Paris"}
 CITIES = ("Paris", "London", "Berlin")
 LENGTH = 12
-WORDS = H.CharTokenizer.from_text(" ".join([*SENTENCES, *PAIRS, *PAIRS.values(), *CITIES]).split(), special=("[SEP]",))
+
+
+class WordTokenizer(H.CharTokenizer):
+    """A tokenizer where words may stand for characters, a list of them is a text, and `special` tokens of one's own come last.
+
+    Special tokens are named in lists only: no text spells one.
+
+    >>> words = WordTokenizer.from_text("I love pizza".split(), special=("[SEP]",))
+    >>> words.encode(["I", "[SEP]", "love"]).tolist(), words.decode([4, 7, 6])
+    ([4, 7, 5], 'I pizza')
+    """
+
+    def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
+        known = [*H.SPECIAL_TOKENS, *characters, *special]
+        if len(set(known)) < len(known) or not characters or "" in known or len(min(special, key=len, default="ab")) < 2:
+            raise ValueError(f"characters={characters!r}, special={special}: pass distinct ones, special ones of two letters up")
+        super().__init__([*characters, *special])
+        self.characters, self.special = characters, tuple(special)
+        self._shown = [*self._shown[: len(known) - len(special)], *("" for _ in special)]
+
+    @classmethod
+    def from_text(cls, text: str | list[str], special: tuple[str, ...] = ()) -> WordTokenizer:
+        found = sorted(set(text).difference(H.SPECIAL_TOKENS, special))
+        return cls("".join(found) if isinstance(text, str) else found, special)
+
+    def decode(self, ids) -> str:
+        """Text up to the first [END], with spaces between words; [MASK] is shown as a block, other special tokens are skipped."""
+        shown = [self._shown[i] for i in itertools.takewhile(lambda i: i != H.END_ID, torch.as_tensor(ids).tolist())]
+        return ("" if isinstance(self.characters, str) else " ").join(filter(None, shown))
+
+    def to_json(self) -> str:
+        return json.dumps({"special_tokens": [*H.SPECIAL_TOKENS, *self.special], "characters": self.characters})
+
+    @classmethod
+    def from_json(cls, text: str) -> WordTokenizer:
+        try:
+            made = json.loads(text)
+            (*names,), characters, known = made["special_tokens"], made["characters"], len(H.SPECIAL_TOKENS)
+            if names[:known] != [*H.SPECIAL_TOKENS] or not {type(characters), *map(type, characters)} <= {str, list}:
+                raise TypeError(f"special_tokens={names}, characters={characters}")
+            return cls(characters, tuple(names[known:]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
+
+
+WORDS = WordTokenizer.from_text(" ".join([*SENTENCES, *PAIRS, *PAIRS.values(), *CITIES]).split(), special=("[SEP]",))
 SEPARATOR = int(WORDS.encode(["[SEP]"]))
 
 

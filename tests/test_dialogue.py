@@ -14,6 +14,7 @@ import llada_helpers as h
 from beyond import dialogue
 from beyond.decoding import guided
 from beyond.likelihood import choose, low_noise_nelbo
+from beyond.toy import WordTokenizer
 
 SEP = "[SEP]"
 
@@ -73,7 +74,7 @@ def test_layout_of_a_row():
 
 
 def test_rows_of_words():
-    tokenizer = h.CharTokenizer.from_text(["Paris", "capital", "of", "France"])
+    tokenizer = WordTokenizer.from_text(["Paris", "capital", "of", "France"])
     (row,) = dialogue.instruction_rows([(["capital", "of", "France"], ["Paris"])], tokenizer, seq_len=6, prompt_len=2)
     assert row.tolist() == [7, 4, START, 5, END, END]
 
@@ -112,7 +113,7 @@ def instructions(draw):
     words = draw(st.booleans())
     one = st.lists(st.sampled_from(["I", "love", "pizza", "2"]), max_size=7) if words else st.text("abc", max_size=7)
     pairs = draw(st.lists(st.tuples(one, one), min_size=1, max_size=5))
-    tokenizer = h.CharTokenizer.from_text(["I", "love", "pizza", "2"] if words else "abc", draw(st.sampled_from([(), (SEP,)])))
+    tokenizer = WordTokenizer.from_text(["I", "love", "pizza", "2"] if words else "abc", draw(st.sampled_from([(), (SEP,)])))
     prompt_len, room = draw(st.integers(1, 5)), draw(st.integers(1, 7))
     assume(any(len(response) <= room for _, response in pairs))
     rows = dialogue.instruction_rows(pairs, tokenizer, prompt_len + room + 2, prompt_len)
@@ -341,7 +342,7 @@ ANSWERS = {
     "What is the capital of France ?": "Paris",
 }
 TOY_LEN = 12
-TOY = h.CharTokenizer.from_text(" ".join([*SENTENCES, *ANSWERS, *ANSWERS.values(), "London", "Berlin"]).split(), special=(SEP,))
+TOY = WordTokenizer.from_text(" ".join([*SENTENCES, *ANSWERS, *ANSWERS.values(), "London", "Berlin"]).split(), special=(SEP,))
 SEP_ID = int(TOY.encode([SEP]))
 
 

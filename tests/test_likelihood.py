@@ -8,7 +8,7 @@ import torch
 from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPredictor, enumerated_nelbo, seeded, within
 
 import llada_helpers as h
-from beyond.likelihood import low_noise_nelbo
+from beyond.likelihood import low_noise_nelbo, masked_nll
 
 EXACT = ExactPredictor(length=3, symbols=3)
 LONG = ExactPredictor(length=4, symbols=2, seed=2)
@@ -213,7 +213,7 @@ def test_many_rows_are_passed_a_part_at_a_time():
         sizes.append(len(ids))
         return WRONG(ids)
 
-    values = h.masked_nll(counted, rows, mask, MASK)
+    values = masked_nll(counted, rows, mask, MASK)
     logp = WRONG(rows.masked_fill(mask, MASK)).log_softmax(-1).gather(-1, rows[..., None])[..., 0]
     assert torch.allclose(values, -logp * mask, atol=1e-6)
     assert sum(sizes) == len(rows) > max(sizes) and 3 * max(sizes) <= 2**14
@@ -296,11 +296,11 @@ def test_counted_must_fit():
 def test_masked_nll_is_that_of_the_masked_tokens_alone():
     rows = EXACT.sequences[[3, 20]]
     mask = torch.tensor([[True, False, True], [False, False, True]])
-    values = h.masked_nll(WRONG, rows, mask, MASK)
+    values = masked_nll(WRONG, rows, mask, MASK)
     logp = WRONG(rows.masked_fill(mask, MASK)).log_softmax(-1).gather(-1, rows[..., None])[..., 0]
     assert torch.allclose(values, -logp * mask, atol=1e-6) and (values[~mask] == 0).all()
     with pytest.raises(ValueError, match="pass bool"):
-        h.masked_nll(WRONG, rows, mask[:, :2], MASK)
+        masked_nll(WRONG, rows, mask[:, :2], MASK)
 
 
 def test_exact_masks_have_exactly_so_many_and_stay_inside():

@@ -51,7 +51,7 @@ def test_vocabulary_of_facts_covers_both_tellings(per_group):
     used = torch.cat((facts.forwards, facts.backwards))
     assert used.min() >= 4 and used.max() < facts.tokenizer.vocab_size
     assert {*reversal.ROLES, *reversal.PLACES, "is", "the", "of", "."} <= set(facts.tokenizer.characters)
-    again = h.CharTokenizer.from_json(facts.tokenizer.to_json())
+    again = type(facts.tokenizer).from_json(facts.tokenizer.to_json())
     assert [again.decode(row) for row in used] == sentences_of(facts, used)
 
 

@@ -1,5 +1,6 @@
 """Section 6: samplers against enumerated distributions and against plain-Python rewritings, and strategies of a user's own."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -27,7 +28,7 @@ from oracle import (
 )
 
 import llada_helpers as h
-from beyond.likelihood import any_order_nll, choose, low_noise_nelbo
+from beyond.likelihood import any_order_nll, choose, low_noise_nelbo, masked_nll
 
 EXACT = ExactPredictor(length=3, symbols=3)
 TRUTH = EXACT.logp.exp()
@@ -555,7 +556,7 @@ def test_errors_come_before_any_forward_pass():
     lambda m: h.generate_ar(m, torch.tensor([[5]]), 3, start_id=START, temperature=0.0),
     lambda m: h.nelbo(m, torch.full((2, 4), 5), MASK, n_samples=2),
     lambda m: h.ar_nll(m, torch.full((2, 4), 5), START),
-    lambda m: h.masked_nll(m, torch.full((2, 4), 5), torch.ones(2, 4, dtype=torch.bool), MASK),
+    lambda m: masked_nll(m, torch.full((2, 4), 5), torch.ones(2, 4, dtype=torch.bool), MASK),
 ], ids=["reverse_process", "generate_ar", "nelbo", "ar_nll", "masked_nll"])  # fmt: skip
 def test_inference_makes_no_graph_and_leaves_the_mode_alone(call):
     model = small_model()
@@ -719,6 +720,15 @@ def test_cache_asks_only_for_what_is_new():
     assert widths == [4, 1, 1, 1]
 
 
+def test_a_model_that_is_asked_on_another_device_keeps_its_cache():
+    """What stands between sampler and model forwards what a cache needs, and the model is found behind it."""
+    model, widths = small_model(causal=True).eval(), []
+    elsewhere = functools.wraps(model)(lambda ids, **options: widths.append(ids.shape[1]) or model(ids, **options))
+    options = {"start_id": START, "temperature": 0.0}
+    made, plain = (h.generate_ar(m, torch.full((1, 3), 5), 4, **options).ids for m in (elsewhere, model))
+    assert torch.equal(made, plain) and widths == [4, 1, 1, 1]
+
+
 def test_ar_forbidden_tokens_are_not_produced():
     prompt = torch.full((200, 1), 4)
     forbidden = (0, 1, 2, 3, 4, 9)
@@ -803,7 +813,7 @@ OUTSIDE = {
     "reverse_process": lambda m, ids, x: h.reverse_process(m, ids, mask_id=x, steps=1),
     "forbidden": lambda m, ids, x: fill(m, ids, forbidden=(x,)),
     "nelbo": lambda m, ids, x: h.nelbo(m, ids, x, n_samples=1),
-    "masked_nll": lambda m, ids, x: h.masked_nll(m, ids, ids > 5, x),
+    "masked_nll": lambda m, ids, x: masked_nll(m, ids, ids > 5, x),
     "ar_nll": lambda m, ids, x: h.ar_nll(m, ids, x),
     "generate_ar": lambda m, ids, x: h.generate_ar(m, ids + 4, 2, start_id=x),
     "low_noise_nelbo": lambda m, ids, x: low_noise_nelbo(m, ids, x, n_samples=1),

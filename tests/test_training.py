@@ -792,7 +792,7 @@ DECIDES = {
         *(h._uniform, h.forward_process, h.stratified_times, h.windows, h.RMSNorm, h._rotate, h.Block, h.Transformer),
         *(h.diffusion_batch, h.next_token_batch, h.real_tokens, h.weighted_nll, h.orthogonalize, h.Muon, h.make_optimizer),
         *(h.learning_rate_factor, h.training_batch, h.micro_batches, h.training_loop, h.train, h.Job.validation_sequences),
-        *(h.Job.validation_nats, h.ar_nll, h._nll, h.exact_masks, h.nelbo),
+        *(h.Job.validation_nats, h.ar_nll, h.token_nll, h.exact_masks, h.nelbo),
     ),
     "beyond": (
         *(losses.masked_mean, losses.masked_mean_over_t, losses.uniform_times, losses.independent_times),
@@ -802,8 +802,8 @@ DECIDES = {
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
-    ("llada_helpers", "2"): "6b1cb6b4b1bb10c81bd873ce15de5ab6cf1a849609aad7140fd088702ad3e822",
-    ("beyond", "2"): "80d48e6aa8c24da02e09b835b6c0f4e069a6189c0b2e9c3110fdbd8722682116",
+    ("llada_helpers", "2"): "b2d63c76c1620bc5033ae5d8fb71bda2fa7c2c18d093841beac58a89c8afbb8d",
+    ("beyond", "2"): "3f6a6f51c5fcdb9d9797e27803c04133dc216a344e502c2a103348d58e3ad44a",
 }
 
 
