@@ -657,6 +657,8 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     """
     config, device, parts = job.train, best_device(), max(1, job.train.accumulation)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
+    if device == "cuda":  # products of float32 numbers, Muon's and those of evaluations, take the tensor cores (TF32)
+        torch.set_float32_matmul_precision("high")
     sizes = [*map(torch.numel, (job.train_ids, job.val_ids)), config.steps, config.batch_size, config.evals, config.eval_windows]
     if min(*sizes, config.accumulation) < 1 or config.batch_size % (accelerator.num_processes * parts):
         shares = f"{accelerator.num_processes} processes x {parts} micro-batches"
@@ -718,9 +720,10 @@ class TrainingLog:
             yield
 
     def complete(self) -> bool:
-        """Whether the run is complete; then `record` is what it left. A damaged record is written anew from the last state."""
+        """Whether the run is complete; then `record` is what it left. What is missing or no record is made of the last state."""
         record = self.path / "run.json"
-        if not self.anew and record.exists() and (self.best / "model.safetensors").exists():
+        needed = record, self.path / "metrics.csv", self.best / "model.safetensors"
+        if not self.anew and all(path.exists() for path in needed):
             with contextlib.suppress(ValueError):
                 self.record = json.loads(record.read_text())
         return self.record["complete"]
@@ -895,17 +898,15 @@ def works(device: str, compiled: bool = False) -> bool:
 
     By trial: a GPU, a Mac's "mps" or a C++ compiler may be there and not work.
     """
-    def trained(place: str, function: Callable) -> Tensor:
+    def trained(place: str, compile_: Callable) -> Tensor:
         x = torch.eye(4, device=place, requires_grad=True)
-        function(x).backward()
+        compile_(lambda x: (x @ x).tanh().sum())(x).backward()
         torch.optim.AdamW([x], fused=True).step()
         return x.detach().cpu()
 
-    def loss(x: Tensor) -> Tensor:
-        return (x @ x).tanh().sum()
-
     try:
-        torch.testing.assert_close(trained(device, torch.compile(loss) if compiled else loss), trained("cpu", loss))
+        plain = functools.partial(torch.compile, disable=True)
+        torch.testing.assert_close(trained(device, torch.compile if compiled else plain), trained("cpu", plain))
     except Exception as error:  # a compiler or a driver may fail in any way
         kind = "torch.compile" if compiled else device
         reason = str(error).strip().split("\n")[0]
