@@ -84,6 +84,7 @@ def training_rows(preset: h.Preset, vocab_size: int, device, rounds: int) -> lis
         config, length, accelerator = preset.llada, preset.seq_len, h.Accelerator(cpu=device.type == "cpu")
         model = h.Transformer(preset.model(vocab_size, causal=False)).to(device)
         network, optimizer = accelerator.prepare(model, h.make_optimizer(model, config))
+        model.padding = False  # as training knows it
         for block in model.blocks if compiled else ():
             block.compile()
         sequences = torch.randint(4, vocab_size, (config.batch_size, length))

@@ -696,6 +696,8 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     """
     config, device, parts = job.train, best_device(), max(1, job.train.accumulation)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
+    if device == "cuda":  # products of float32 numbers, Muon's and those of evaluations, take the tensor cores (TF32)
+        torch.set_float32_matmul_precision("high")
     sizes = [*map(torch.numel, (job.train_ids, job.val_ids)), config.steps, config.batch_size, config.evals, config.eval_windows]
     wrong = min(*sizes, config.accumulation) < 1 or config.batch_size % (accelerator.num_processes * parts) > 0
     said = f"{config}, {sizes[0]} + {sizes[1]} ids: pass at least one of each, and a batch for {accelerator.num_processes}"
@@ -753,9 +755,10 @@ class TrainingLog:
             return lock.acquire()
 
     def complete(self) -> bool:
-        """Whether the run is complete; then `record` is what it left. A damaged record is written anew from the last state."""
+        """Whether the run is complete; then `record` is what it left. What is missing or no record is made of the last state."""
         record = self.path / "run.json"
-        if not self.anew and record.exists() and (self.best / "model.safetensors").exists():
+        needed = record, self.path / "metrics.csv", self.best / "model.safetensors"
+        if not self.anew and all(path.exists() for path in needed):
             with contextlib.suppress(ValueError):
                 self.record = json.loads(record.read_text())
         return self.record["complete"]
