@@ -716,6 +716,8 @@ class TrainingLog:
                 except Timeout:
                     print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
                     held.enter_context(lock)
+                except (OSError, NotImplementedError):
+                    pass  # where nothing can be written, or locked, finished runs can be read
             self.accelerator.wait_for_everyone()
             yield
 
