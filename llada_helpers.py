@@ -753,6 +753,8 @@ class TrainingLog:
         except Timeout:
             print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
             return lock.acquire()
+        except (OSError, NotImplementedError):  # where nothing can be written, or locked, finished runs can be read
+            return contextlib.nullcontext()
 
     def complete(self) -> bool:
         """Whether the run is complete; then `record` is what it left. What is missing or no record is made of the last state."""

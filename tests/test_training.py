@@ -640,6 +640,17 @@ def test_a_second_process_waits_until_the_first_is_dead(reference, copy, capfd):
     same_result(run, reference_root, made[0], root)
 
 
+@pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
+def test_a_finished_run_is_loaded_where_nothing_can_be_locked(reference, monkeypatch, error):
+    """A read-only disk, or one without locks."""
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(h.FileLock, "acquire", refuse)
+    assert train(reference[1]).summary == reference[0].summary
+
+
 def test_two_processes_at_the_same_training_end_alike(reference, tmp_path):
     run, root = reference
     code = "import sys, test_training as t; t.train(sys.argv[1])"
