@@ -616,7 +616,7 @@ import sys, time
 from filelock import FileLock
 with FileLock(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -633,7 +633,7 @@ def test_a_second_process_waits_until_the_first_is_dead(reference, copy, capfd):
         second.join(1)
         assert not made and second.is_alive() and re.search(rf"tiny.*{re.escape(str(folder))}.*waiting", capfd.readouterr().out)
         first.send_signal(signal.SIGKILL)
-        second.join(60)
+        second.join(300)
     finally:
         first.kill()
         first.wait()
@@ -656,7 +656,7 @@ def test_two_processes_at_the_same_training_end_alike(reference, tmp_path):
     code = "import sys, test_training as t; t.train(sys.argv[1])"
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [(process.communicate(timeout=120)[1][-2000:], process.returncode)[1] for process in both] == [0, 0]
+    assert [(process.communicate(timeout=300)[1][-2000:], process.returncode)[1] for process in both] == [0, 0]
     same_result(run, root, train(tmp_path), tmp_path)
     assert len(list(tmp_path.glob("runs/*/events.out.tfevents*"))) == 1, "one trained, one waited"
 
