@@ -370,7 +370,7 @@ def decoder_jobs(preset: H.Preset, config: H.TrainConfig, vocab_size: int, *data
 def decoder_measure(preset: H.Preset, text: str):
     """What `run_jobs` adds: the price of `PASSES` and of twice as many bit-reversed passes, and the NELBO, on the test text."""
     tokenizer = H.CharTokenizer.from_text(text)
-    windows = H.windows(quality.parts(tokenizer.encode(text))[2], preset.seq_len)[:-1]
+    windows = chosen(H.windows(quality.parts(tokenizer.encode(text))[2], preset.seq_len), SIZES[preset.name][1].few)
 
     def measure(job: H.Job, run: H.Run) -> dict:
         line = {}
