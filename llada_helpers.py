@@ -865,7 +865,8 @@ class TrainingLog:
             self.twin = load_model(self.best, self.job.architecture).to(self.accelerator.device)
         else:
             self.twin.load_state_dict(self.model.state_dict())
-        metrics = pd.read_csv(self.path / "metrics.csv", float_precision="round_trip")  # to the last digit
+        exactly = dict.fromkeys(METRICS[2:], lambda number: float(number or math.nan))  # to the last digit
+        metrics = pd.read_csv(self.path / "metrics.csv", converters=exactly)
         return Run(self.twin, metrics, self.record, self.path)
 
 
