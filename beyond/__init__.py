@@ -4,6 +4,7 @@ How to generate, how to score:
 
     decoding      guidance, a block cache (predictors around predictors); adaptive, late, spaced commits (strategies); revision
     likelihood    the bound with less noise, any-order chains, log-likelihoods of answers, choosing among them
+    exact         exact nats of a decoder, by passes and places: the sampler's own loop, told the true tokens
     estimators    four other ways to draw the masks of the bound, to compare their noise
     quality       one measure for all decoders: how good and how varied their texts are, and what they cost
     film          a generation as an animated picture

@@ -228,7 +228,8 @@ def test_requirements_are_what_is_imported_each_with_its_reason():
     code = [inspect.getsource(module) for module in MODULES.values()] + [(ROOT / "bench.py").read_text()]
     code += [cell for name in (notebooks.MAIN, notebooks.BEYOND) for cell in notebooks.sources(ROOT / name, "code")]
     by_name = {"tensorboard", "jupyter"}  # behind torch.utils, and for who reads a notebook
-    assert named - by_name == imported(*code) - {"pypandoc_binary", "typst"}
+    said = {"pypandoc_binary", "typst", "playwright"}  # by the report and the page, to whoever makes them
+    assert named - by_name == imported(*code) - said
 
 
 def test_what_the_tests_import_is_in_their_commands():
