@@ -340,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     abouts = {"train": "train one model of a preset; runs/ and checkpoints/ get the result"}
     abouts |= {name: f"{known.about}; tables/{name}.csv" for name, known in SUITES.items()}
     abouts["exact"] = "exact nats of every decoder, with the preset's two models; tables/exact.csv and others"
-    abouts["record"] = "the best LLaDA and AR of a preset, on 90% of the text, scored on the rest; tables/record.csv"
+    abouts["record"] = "the best LLaDA and AR of a preset, on nine tenths of the text, scored on the rest; tables/record.csv"
     for command, about in abouts.items():
         aliases = ["ablate"] if command == "ablations" else []
         options = commands.add_parser(command, help=about, description=about, aliases=aliases)

@@ -514,7 +514,7 @@ def test_what_no_power_fits_is_refused():
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """The smoke preset, shrunk, and a short text."""
-    (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 8)
+    (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 16)
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "text.txt"))
     config = h.TrainConfig(2, 2, evals=1, eval_windows=2)
     ladders = {crossover.PLAIN: (1,), crossover.REGULARISED: (1, 2), crossover.AR[1]: (1,)}
@@ -591,7 +591,7 @@ def launched(*arguments):
 
 def test_launchers(tmp_path):
     """torchrun's two processes train one model; accelerate launch finds it complete."""
-    (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 8)
+    (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 16)
     command = ["-m", "beyond.experiments", "train", "--preset", "smoke", "--model", "ar"]
     said = launched("torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
     first, second = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
