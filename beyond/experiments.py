@@ -216,8 +216,14 @@ def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], 
 def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = False, only: str = "") -> dict[str, pd.DataFrame]:
     """Those of `exact.tables`: the full ones if they are there, else short ones, of fewer windows; with `full`, made anew.
 
-    >>> list(exact_tables(H.Results(H.PRESETS["smoke"], ""), H.PRESETS["smoke"], "to be, or not to be " * 64, only="none"))
-    []
+    >>> import os, tempfile
+    >>> here, smoke = os.getcwd(), H.PRESETS["smoke"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.chdir(folder)
+    ...     made = exact_tables(H.Results(smoke, ""), smoke, "to be, or not to be " * 64, only="none")
+    ...     os.chdir(here)
+    >>> made
+    {}
     """
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
