@@ -220,9 +220,8 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
     >>> here, smoke = os.getcwd(), H.PRESETS["smoke"]
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     os.chdir(folder)
-    ...     made = exact_tables(H.Results(smoke, ""), smoke, "to be, or not to be " * 64, only="none")
+    ...     print(exact_tables(H.Results(smoke, ""), smoke, "to be, or not to be " * 64, only="none"))
     ...     os.chdir(here)
-    >>> made
     {}
     """
     tokenizer = H.CharTokenizer.from_text(text)
