@@ -204,11 +204,6 @@ def _uniform(shape, like: Tensor, generator: torch.Generator | None, dtype=torch
     return torch.rand(shape, generator=generator, device=device, dtype=dtype).to(like.device)
 
 
-def _refuse(wrong: bool, said: str) -> None:
-    if wrong:
-        raise ValueError(said)
-
-
 def _check(a: dict, maskable: Callable, lowest: float) -> None:
     """ValueError for what is out of range among arguments, known by their names; fills in defaults."""
     name, ids = next((name, a[name]) for name in a if name in ("sequences", "template", "prompt"))

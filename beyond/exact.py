@@ -22,7 +22,7 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond import decoding, quality
-from beyond.anatomy import cost_by_place
+from beyond.anatomy import cost_by_place, spread
 from beyond.likelihood import low_noise_nelbo
 from llada_helpers import MaskPredictor, Strategy
 
@@ -82,8 +82,8 @@ def decoder_nll(
     >>> (nats / math.log(8)).round(decimals=3).tolist()
     [[1.0, 1.0, 1.0]]
     """
-    if not 0 < temperature < math.inf or bool((sequences == mask_id).any()):
-        raise ValueError(f"temperature={temperature}: pass a positive one, and sequences without mask_id={mask_id}")
+    wrong = not 0 < temperature < math.inf or bool((sequences == mask_id).any())
+    H._refuse(wrong, f"temperature={temperature}: pass a positive one, and sequences without mask_id={mask_id}")
     strategy, unseen = H.named_strategy(remasking, generator), torch.zeros_like(sequences).as_subclass(Unseen)
     banned, truth = torch.tensor(sorted({mask_id, *forbidden}), device=sequences.device), sequences[..., None]
     logits, nll = torch.empty(0), torch.zeros(sequences.shape, dtype=torch.float64, device=sequences.device)
@@ -92,8 +92,7 @@ def decoder_nll(
         """A predictor that knows the text, so that this is what the sampler draws; what the model says is kept."""
         nonlocal logits
         logits = model(ids).double()
-        if not bool((logits < math.inf).all()):
-            raise ValueError("the logits are not finite; pass a model without NaN and infinity")
+        H._refuse(not bool((logits < math.inf).all()), "the logits are not finite; pass a model without NaN and infinity")
         return torch.full_like(logits, -math.inf).scatter(-1, truth, 0.0)
 
     @functools.wraps(strategy)  # with its schedule
@@ -239,7 +238,7 @@ def chosen(windows: Tensor, count: int) -> Tensor:
     >>> chosen(torch.arange(12).view(6, 2), 3)[:, 0].tolist(), len(chosen(torch.arange(12).view(6, 2), 9))
     ([0, 4, 8], 6)
     """
-    return windows if count >= len(windows) else windows[torch.linspace(0, len(windows) - 2, count).long()]
+    return windows if count >= len(windows) else spread(windows, count)
 
 
 def exact_table(models: dict[str, H.Transformer], windows: Tensor, sizes: Sizes, only: str = "") -> pd.DataFrame:

@@ -227,8 +227,8 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
     jobs = preset.jobs(tokenizer.vocab_size, train_ids, val_ids)
-    options = {"compiled": preset.compiled, "quiet": True}
-    models = {name: _train(f"{preset.name}-{name.lower()}", job, **options).model for name, job in jobs.items()}
+    trained = {k: _train(f"{preset.name}-{k.lower()}", job, compiled=preset.compiled, quiet=True) for k, job in jobs.items()}
+    models = {name: run.model for name, run in trained.items()}
     val, test = (H.windows(ids, preset.seq_len) for ids in (val_ids, test_ids))
     short, large = (exact.tables(models, val, test, sizes) for sizes in exact.SIZES[preset.name])
     mark, names = suite_mark(list(jobs.values())), [name for name in large if re.search(only, name)]
@@ -236,9 +236,8 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
         for block in models["LLaDA"].blocks if preset.compiled else ():
             block.compile()  # twice as fast on a CPU
         commit = H.describe_machine()["commit"]
-        scored = {name: {"scored on": f"{'validation' if name == 'exact_choice' else 'test'} text"} for name in names}
-        kept = {name: scored[name] | {"fingerprint": mark, "commit": commit} for name in names}
-        return {name: results.table(large[name]().assign(**kept[name]), name) for name in names}
+        kept = {n: {"scored on": f"{'validation' if n == 'exact_choice' else 'test'} text", "fingerprint": mark} for n in names}
+        return {n: results.table(large[n]().assign(**kept[n], commit=commit), n) for n in names}
     return {name: full_or_short(results, name, mark, short[name]) for name in names}
 
 

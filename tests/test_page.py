@@ -32,7 +32,7 @@ UNKNOWN = "~"  # stands for a hidden character in the page, since "_" is in the 
 def noisy(causal: bool, **sizes) -> h.Transformer:
     """A model of the preset's sizes whose every weight matters: what zeros would hide, such as a wrong order of heads, shows."""
     torch.manual_seed(int(causal))
-    model = h.Transformer(h.PRESETS["cpu"].model(TOKENIZER.vocab_size, causal, **sizes))
+    model = h.Transformer(replace(h.PRESETS["cpu"].model(TOKENIZER.vocab_size, causal), **sizes))
     for name, weight in model.named_parameters():
         torch.nn.init.normal_(weight, std=0.3 if name == "head.weight" else weight.shape[1] ** -0.5)
     return model.eval()
