@@ -1,67 +1,307 @@
-"""LLaDA with one thing changed at a time: where t comes from, the loss, the model, the optimizer."""
+"""The recipe's choices, one study: LLaDA and AR as they are trained, and with one thing changed at a time.
 
+Three seeds a row, and a third of what the preset trains LLaDA for; AR for as long as its preset trains it, since what it needs
+against learning the text by heart does not show before. The rows of a model that differ in the loss alone see the same windows
+and begin with the same weights. A loss is a batch function as `Job.make_batch` takes it: (sequences LongTensor[B, L], generator,
+learned BoolTensor[B, L]) -> (inputs LongTensor[B, L], targets LongTensor[B, L], weights FloatTensor[B, L]).
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import llada_helpers as H
-from beyond import losses
-from beyond.variants import LearnedPositions, TimeConditioned
 
-_LITTLE = (H.TrainConfig(60, 16, evals=1), H.TrainConfig(250, 16, evals=5))
-SIZES = {  # the notebook's short form and the full one
-    "smoke": (H.TrainConfig(10, 16, evals=1, eval_windows=32), H.TrainConfig(20, 16, evals=1, eval_windows=32)),
-    "cpu": _LITTLE,
-    "cpu_long": _LITTLE,
-    "gpu": (H.TrainConfig(60, 16, evals=1, eval_windows=32), H.TrainConfig(500, 64, evals=10)),
-}
-OURS = f"ours: Eq. 3, t = u^{H.POWER}"
+Batch = tuple[Tensor, Tensor, Tensor]
+SEEDS = 3
+SIZES = {"smoke": (40, 20), "cpu": (100, 3), "cpu_long": (100, 3), "gpu": (100, 3)}  # parts: the short form, the study
 
 
-def ablation_jobs(
-    preset: H.Preset, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor
-) -> dict[str, list[H.Job]]:
-    """LLaDA as it is, in the first row, and with one thing changed in each other one; two seeds each.
+def uniform_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """Eq. 3 as it is written: t uniform, here stratified over the batch.
 
-    The other times are not powers: what they are to be compared with is "t uniform, stratified".
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = uniform_times(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()  # one row from each quarter of the masking rates
+    [45, 28, 22, 9]
+    """
+    return H.diffusion_batch(sequences, generator, learned, t=H.stratified_times(len(sequences), generator))
 
-    >>> import torch
-    >>> ids = torch.arange(4, 30)
-    >>> jobs = ablation_jobs(H.PRESETS["smoke"], SIZES["smoke"][0], 30, ids, ids)
-    >>> [(job.model.dropout, job.train.seed) for job in jobs["dropout 0.1"]]
-    [(0.1, 0), (0.1, 1)]
+
+def independent_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """Eq. 3 with one independent t per row.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = independent_times(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()  # masks in each row
+    [27, 14, 47, 46]
+    """
+    return H.diffusion_batch(sequences, generator, learned, t=1 - torch.rand(len(sequences), generator=generator))
+
+
+def one_time_per_batch(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """Eq. 3 with one t for the whole batch, as the exercise has it.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = one_time_per_batch(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()  # about as many masks in each row
+    [29, 20, 30, 29]
+    """
+    return H.diffusion_batch(sequences, generator, learned, t=float(1 - torch.rand(1, generator=generator)))
+
+
+def square_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """Eq. 3 with t = u^2, more often small than ours, and the weight times dt/du = 2 u: the same expectation.
+
+    >>> ids, learned = torch.full((4, 500), 5), torch.ones(4, 500, dtype=torch.bool)
+    >>> inputs, _, weight = square_times(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()
+    [384, 193, 78, 6]
+    >>> [round(2 / (500 * float(row.max())), 2) for row in weight]  # u, one in each quarter
+    [0.88, 0.63, 0.38, 0.13]
+    """
+    u = H.stratified_times(len(sequences), generator)
+    inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=u**2)
+    return inputs, targets, weight * (2 * u)[:, None]
+
+
+def bell(t: Tensor) -> Tensor:
+    """Density of times t in (0, 1) whose logit is normal: a bell around the middle.
+
+    >>> [round(x, 3) for x in bell(torch.tensor([0.01, 0.5, 0.99])).tolist()]
+    [0.001, 1.596, 0.001]
+    """
+    return torch.exp(-(t.logit() ** 2) / 2) / (2 * torch.pi) ** 0.5 / (t * (1 - t))
+
+
+def _bell_times(count: int, generator: torch.Generator) -> Tensor:
+    return torch.special.ndtri(H.stratified_times(count, generator).clamp(1e-4, 1 - 1e-4)).sigmoid()
+
+
+def bell_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """Times from a bell around the middle and Eq. 3's weight 1/t, the bell's density left out: not a bound (arXiv:2605.13026).
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = bell_times(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()
+    [39, 23, 23, 14]
+    """
+    return H.diffusion_batch(sequences, generator, learned, t=_bell_times(len(sequences), generator))
+
+
+def bell_times_weighted(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """Eq. 3 with half of the batch's times from a bell, half uniform, and the weight divided by the density of that mixture.
+
+    Without the uniform half the weights would have no finite variance: the bell hardly draws the times near 0 and 1.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> inputs, _, _ = bell_times_weighted(ids, torch.Generator().manual_seed(0), learned)
+    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()
+    [35, 17, 38, 8]
+    """
+    half = len(sequences) // 2
+    t = torch.cat([_bell_times(half, generator), H.stratified_times(len(sequences) - half, generator)])
+    inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
+    return inputs, targets, weight / (0.5 + 0.5 * bell(t.clamp(max=1 - 1e-6)))[:, None]
+
+
+def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """The MDLM tutorial's loss: the mean cross-entropy over all masked tokens of the batch, whatever t. Not a bound.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> _, _, weight = masked_mean(ids, torch.Generator().manual_seed(0), learned)
+    >>> len(weight[weight > 0].unique()), round(float(weight.sum()), 3)  # the same for all; a mean over rows divides by 4
+    (1, 4.0)
+    """
+    t = 1 - torch.rand(len(sequences), generator=generator)
+    inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
+    mask = (weight > 0).float()
+    return inputs, targets, mask * (len(mask) / mask.sum().clamp(min=1))
+
+
+def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """The exercise's sketch: each row's mean over its masked tokens, divided by t.
+
+    A window then weighs 1 / t whenever anything is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> _, _, weight = masked_mean_over_t(ids, torch.Generator().manual_seed(0), learned)
+    >>> [round(float(w), 1) for w in weight.sum(dim=1)]  # 1 / t, whatever the number of masks
+    [1.1, 1.6, 2.7, 7.9]
+    """
+    t = H.stratified_times(len(sequences), generator)
+    inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
+    mask = (weight > 0).float()
+    return inputs, targets, mask / (t[:, None] * mask.sum(dim=1, keepdim=True).clamp(min=1))
+
+
+def switched(first: Callable, then: Callable, step: int) -> Callable[[Tensor, torch.Generator, Tensor], Batch]:
+    """The batches of `first` before this step of a training, those of `then` from it on.
+
+    The step is read off the generator, which `llada_helpers.training_batch` seeds with (seed, step).
+
+    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
+    >>> batch = switched(masked_mean, uniform_times, 100)
+    >>> [len(batch(ids, torch.Generator().manual_seed(step), learned)[2].unique()) - 1 for step in (99, 100)]  # kinds of weights
+    [1, 4]
     """
 
-    def reshaped(n_layer: int) -> dict:
-        """Another depth at about the same number of parameters."""
-        unit = 2 * preset.n_head
-        return {"n_layer": n_layer, "n_embd": unit * round(preset.n_embd * (preset.n_layer / n_layer) ** 0.5 / unit)}
+    def batch(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+        chosen = first if generator.initial_seed() % 1_000_003 < step else then
+        return chosen(sequences, generator, learned)
 
-    deep, wide = reshaped(2 * preset.n_layer), reshaped(max(1, preset.n_layer // 2))
-    variants = {
-        OURS: {},
-        "t uniform, stratified": {"make_batch": losses.uniform_times},
-        "one independent t per window": {"make_batch": losses.independent_times},
-        "one t per batch (tutorial A)": {"make_batch": losses.one_time_per_batch},
-        "t importance-sampled": {"make_batch": losses.importance_times},
-        "complementary masks": {"make_batch": losses.complementary_masks},
-        "mean over masked (MDLM tutorial)": {"make_batch": losses.masked_mean},
-        "mean over masked, / t (exercise)": {"make_batch": losses.masked_mean_over_t},
-        "time conditioning": {"architecture": TimeConditioned},
-        "causal attention": {"model": {"causal": True}, "make_batch": H.diffusion_batch},
-        "learned positions": {"architecture": LearnedPositions},
-        "rotary base 10,000": {"model": {"rotary_base": 10_000.0}},
-        "attention scale as usual": {"model": {"attention_scale": (preset.n_embd / preset.n_head) ** 0.5}},
-        "twice as deep, narrower": {"model": deep},
-        "half as deep, wider": {"model": wide},
-        "without dropout" if preset.dropout else "dropout 0.1": {"model": {"dropout": 0.0 if preset.dropout else 0.1}},
-        "AdamW only": {"train": {"muon_lr": 0.0}},
-        "half the batch, twice the steps": {"train": {"batch_size": config.batch_size // 2, "steps": 2 * config.steps}},
+    batch.__name__ = batch.__qualname__ = f"{first.__name__}_until_{step}_then_{then.__name__}"
+    return batch
+
+
+class AdaptiveNorm(nn.Module):
+    """RMSNorm whose scale and shift follow from the time (adaptive layer norm, Peebles & Xie 2023); x [B, L, width].
+
+    >>> norm, x = AdaptiveNorm(4, 2), torch.tensor([[[1.0, -1.0, 1.0, -1.0]]])
+    >>> norm.time = torch.ones(1, 2)
+    >>> norm(x).round().tolist()  # a fresh one does nothing but normalise
+    [[[1.0, -1.0, 1.0, -1.0]]]
+    """
+
+    def __init__(self, width: int, time_width: int):
+        super().__init__()
+        self.modulation = nn.Linear(time_width, 2 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.time = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.modulation(self.time)[:, None].chunk(2, dim=-1)
+        return nn.functional.rms_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+class TimeConditioned(H.Transformer):
+    """Transformer whose norms are adaptive to t FloatTensor[B]; where t is not passed, the masked fraction stands in for it.
+
+    The time is one number, so eight features of it are enough: at the `cpu` preset's width that is 2% more weights.
+
+    >>> model = TimeConditioned(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> tuple(model(torch.tensor([[4, H.MASK_ID, 5]]), torch.tensor([0.3])).shape)
+    (1, 3, 10)
+    """
+
+    def __init__(self, config: H.ModelConfig):
+        super().__init__(config)
+        self.time_mlp = nn.Sequential(nn.Linear(64, 8), nn.SiLU())
+        for block in self.blocks:
+            block.attention_norm, block.mlp_norm = (AdaptiveNorm(config.n_embd, 8) for _ in range(2))
+
+    def forward(self, ids: Tensor, t: Tensor | None = None) -> Tensor:
+        t = (ids == H.MASK_ID).sum(dim=1) / (ids != H.PAD_ID).sum(dim=1).clamp(min=1) if t is None else t
+        angles = t[:, None] * 1000 * 10_000.0 ** -(torch.arange(32, device=t.device) / 32)
+        time = self.time_mlp(torch.cat((angles.sin(), angles.cos()), dim=-1))
+        for block in self.blocks:
+            block.attention_norm.time = block.mlp_norm.time = time
+        return super().forward(ids)
+
+
+class PositionEmbedding(nn.Embedding):
+    """Token embedding plus a table of positions: ids [B, L] to [B, L, width]."""
+
+    def __init__(self, config: H.ModelConfig):
+        super().__init__(config.vocab_size, config.n_embd)
+        self.positions = nn.Parameter(torch.randn(config.seq_len, config.n_embd))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + self.positions[: ids.shape[1]]
+
+
+class LearnedPositions(H.Transformer):
+    """Transformer with a learned table of positions in place of rotary ones; whole sequences only, no cache.
+
+    >>> model = LearnedPositions(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> tuple(model(torch.tensor([[4, H.MASK_ID, 5]])).shape), bool((model.sin == 0).all())
+    ((1, 3, 10), True)
+    """
+
+    def __init__(self, config: H.ModelConfig):
+        super().__init__(config)
+        self.embed = PositionEmbedding(config)
+        self.cos.fill_(1.0)
+        self.sin.zero_()  # an angle of zero: nothing is rotated
+
+    def forward(self, ids: Tensor, cache: None = None, start: int = 0) -> Tensor:
+        if cache is not None or start:
+            raise ValueError("learned positions start at 0: pass whole sequences and no cache")
+        return super().forward(ids)
+
+
+def reshaped(shape: H.ModelConfig, n_layer: int) -> H.ModelConfig:
+    """So many layers, of the width at which they have about as many weights.
+
+    >>> reshaped(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=5, n_head=4, n_embd=128), 3).n_embd
+    168
+    """
+    unit = 2 * shape.n_head  # rotary positions turn pairs
+    return replace(shape, n_layer=n_layer, n_embd=unit * round(shape.n_embd * (shape.n_layer / n_layer) ** 0.5 / unit))
+
+
+def shortened(config: H.TrainConfig, parts: int) -> H.TrainConfig:
+    """The same training with one of so many parts of its steps, and of its validations.
+
+    >>> shortened(H.TrainConfig(steps=3150, batch_size=32, evals=21), 3).steps
+    1050
+    """
+    return replace(config, steps=max(1, round(config.steps / parts)), evals=max(1, round(config.evals / parts)))
+
+
+def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
+    """What each row changes: of the model, of the training, or a part of `Job`. The first row of each model is ours."""
+    shape, head = preset.model(1, causal=False), preset.n_embd / preset.n_head
+    deeper, wider = (reshaped(shape, n) for n in (shape.n_layer + 4, max(1, shape.n_layer - 2)))
+    late, switch = H.diffusion_batch, steps - round(preset.llada.decay * steps)
+    return {
+        "LLaDA, ours": {},
+        "LLaDA, t uniform": {"make_batch": uniform_times},
+        "LLaDA, one t per batch (exercise)": {"make_batch": one_time_per_batch},
+        "LLaDA, mean over masked (MDLM tutorial)": {"make_batch": masked_mean},
+        "LLaDA, mean over masked / t (exercise)": {"make_batch": masked_mean_over_t},
+        "LLaDA, mean over masked, Eq. 3 in the decay": {"make_batch": switched(masked_mean, late, switch)},
+        "LLaDA, t from a bell, weighted": {"make_batch": bell_times_weighted},
+        "LLaDA, t from a bell": {"make_batch": bell_times},
+        "LLaDA, AdamW alone": {"muon_lr": 0.0},
+        "LLaDA, time conditioning": {"architecture": TimeConditioned},
+        "LLaDA, usual attention scale": {"attention_scale": head**0.5},
+        "LLaDA, rotary base 10,000": {"rotary_base": 10_000.0},
+        "LLaDA, learned positions": {"architecture": LearnedPositions},
+        "LLaDA, half the windows, twice the steps": {"batch_size": preset.llada.batch_size // 2, "steps": 2 * steps},
+        "LLaDA, independent t": {"make_batch": independent_times},
+        "LLaDA, t = u^2": {"make_batch": square_times},
+        "LLaDA, dropout 0.1" if not preset.dropout else "LLaDA, no dropout": {"dropout": 0.0 if preset.dropout else 0.1},
+        "LLaDA, deeper, narrower": {"n_layer": deeper.n_layer, "n_embd": deeper.n_embd},
+        "LLaDA, shallower, wider": {"n_layer": wider.n_layer, "n_embd": wider.n_embd},
+        "AR, ours": {},
+        "AR, no weight decay": {"weight_decay": 0.0},
+        "AR, half the weight decay": {"weight_decay": preset.ar.weight_decay / 2},
+        "AR, dropout 0.1 more": {"dropout": preset.dropout + 0.1},
+        "AR, LLaDA's number of steps": {"steps": preset.llada.steps, "evals": preset.llada.evals},
     }
-    jobs = {}
-    for row, change in variants.items():
-        shape = replace(preset.model(vocab_size, causal=False), **change.get("model", {}))
-        configs = [replace(config, seed=seed, **change.get("train", {})) for seed in (0, 1)]
-        others = {key: change[key] for key in ("make_batch", "architecture") if key in change}
-        jobs[row] = [H.Job(shape, c, train_ids, val_ids, **others) for c in configs]
+
+
+def ablation_jobs(preset: H.Preset, parts: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
+    """LLaDA for one of so many `parts` of the preset's steps, AR for three: as they are, then with one thing changed a row.
+
+    >>> ids = torch.arange(4, 30)
+    >>> jobs = ablation_jobs(H.PRESETS["cpu"], 3, 30, ids, ids)
+    >>> [(job.train.steps, job.train.seed) for job in jobs["LLaDA, AdamW alone"]], jobs["AR, ours"][0].train.steps
+    ([(1050, 0), (1050, 1), (1050, 2)], 1060)
+    """
+    jobs, ours = {}, preset.jobs(vocab_size, train_ids, val_ids)
+    short = {name: shortened(job.train, max(1, parts if name == "LLaDA" else parts // 3)) for name, job in ours.items()}
+    for row, change in _changes(preset, short["LLaDA"].steps).items():
+        name = row.partition(",")[0]
+        if parts > 3 and "steps" in change:
+            change = change | {"steps": 2 * short[name].steps}
+        shape, config, job = (
+            {key: change[key] for key in change if hasattr(part, key)} for part in (ours[name].model, short[name], ours[name])
+        )
+        trainings = [replace(short[name], seed=seed, **config) for seed in range(SEEDS)]
+        jobs[row] = [replace(ours[name], model=replace(ours[name].model, **shape), train=one, **job) for one in trainings]
     return jobs

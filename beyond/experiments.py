@@ -256,7 +256,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "ablations": Suite(
-        "LLaDA with one thing changed at a time",
+        "LLaDA and AR with one thing changed at a time, three seeds",
         ablations.SIZES,
         lambda preset, size, text, data: (ablations.ablation_jobs(preset, size, *data), None),
     ),
