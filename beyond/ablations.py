@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import llada_helpers as H
+from beyond import quality
+from beyond.budget import shortened, window_nats
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SEEDS = 3
@@ -243,15 +245,6 @@ def reshaped(shape: H.ModelConfig, n_layer: int) -> H.ModelConfig:
     return replace(shape, n_layer=n_layer, n_embd=unit * round(shape.n_embd * (shape.n_layer / n_layer) ** 0.5 / unit))
 
 
-def shortened(config: H.TrainConfig, parts: int) -> H.TrainConfig:
-    """The same training with one of so many parts of its steps, and of its validations.
-
-    >>> shortened(H.TrainConfig(steps=3150, batch_size=32, evals=21), 3).steps
-    1050
-    """
-    return replace(config, steps=max(1, round(config.steps / parts)), evals=max(1, round(config.evals / parts)))
-
-
 def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
     """What each row changes: of the model, of the training, or a part of `Job`. The first row of each model is ours."""
     shape, head = preset.model(1, causal=False), preset.n_embd / preset.n_head
@@ -305,3 +298,22 @@ def ablation_jobs(preset: H.Preset, parts: int, vocab_size: int, train_ids: Tens
         trainings = [replace(short[name], seed=seed, **config) for seed in range(SEEDS)]
         jobs[row] = [replace(ours[name], model=replace(ours[name].model, **shape), train=one, **job) for one in trainings]
     return jobs
+
+
+def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
+    """What `run_jobs` adds to a row: nats per character of the whole validation text, by which the recipe is chosen.
+
+    >>> text = "to be, or not to be " * 64
+    >>> tokenizer = H.CharTokenizer.from_text(text)
+    >>> model = H.Transformer(H.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8))
+    >>> line = ablation_measure(H.PRESETS["smoke"], text)(None, H.Run(model, None, {}, None))
+    >>> round(line["nats/char"], 2)  # blank: ln 12
+    2.48
+    """
+    _, val_ids, _ = quality.parts(H.CharTokenizer.from_text(text).encode(text))
+
+    def measure(job: H.Job, run: H.Run) -> dict:
+        nats, interval = H.per_character(*window_nats(run.model, val_ids, preset.nelbo_samples))
+        return {"nats/char": nats, "95% ±": interval}
+
+    return measure

@@ -23,23 +23,25 @@ from beyond.vocabulary import multiplications
 
 
 class Budget(NamedTuple):
-    """A share of what a preset trains, and with how many seeds."""
+    """One of so many `parts` of what a preset trains a model for; parts 0: as many steps as the preset trains LLaDA."""
 
+    model: str  # "LLaDA" or "AR"
     preset: str
-    share: float
-    seeds: int = 1
+    parts: int = 1
+    seeds: int = 3
 
 
-def _shares(preset: str, *shares: int, seeds: int = 1) -> list[Budget]:
-    return [Budget(preset, 1 / n, seeds) for n in (*shares, 1)]
+_SMOKE = [Budget(model, "smoke", parts, 2) for model in ("LLaDA", "AR") for parts in (2, 1)]
+_LONG = [Budget(model, "cpu_long", seeds=1) for model in ("LLaDA", "AR")]
 
 
-_SMOKE = {"LLaDA": _shares("smoke", 2), "AR": _shares("smoke", 2)}
-_LONG = [Budget("cpu_long", 1)]
-_CPU = {"LLaDA": _shares("cpu", 9, 3, seeds=2) + _LONG, "AR": _shares("cpu", 27, 9, 3, seeds=2) + _LONG}
-_GPU = {"LLaDA": _shares("gpu", 9, 3), "AR": _shares("gpu", 27, 9, 3)}
-SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _CPU), "cpu_long": (_SMOKE, _CPU), "gpu": (_SMOKE, _GPU)}
+def _ladder(preset: str, seeds: int) -> list[Budget]:
+    ar = [Budget("AR", preset, parts, seeds) for parts in (27, 9, 3, 1, 0)]
+    return [Budget("LLaDA", preset, parts, seeds) for parts in (9, 3, 1)] + ar
 
+
+SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _ladder("cpu", 3) + _LONG), "gpu": (_SMOKE, _ladder("gpu", 1))}
+SIZES["cpu_long"] = SIZES["cpu"]
 
 BACKWARD = 3  # a forward and a backward pass cost as much as three forward passes (Kaplan et al. 2020, arXiv:2001.08361)
 
@@ -69,22 +71,31 @@ def training_flop(job: H.Job) -> int:
     return BACKWARD * job.train.steps * job.train.batch_size * forward_flop(job.model, length, length)
 
 
-def budget_jobs(budgets: dict[str, list[Budget]], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
-    """A row for each model and budget: the preset's training with fewer steps.
+def shortened(config: H.TrainConfig, parts: int) -> H.TrainConfig:
+    """The same training with one of so many parts of its steps, and of its validations.
+
+    >>> shortened(H.TrainConfig(steps=3150, batch_size=32, evals=21), 3).steps
+    1050
+    """
+    return replace(config, steps=max(1, round(config.steps / parts)), evals=max(1, round(config.evals / parts)))
+
+
+def budget_jobs(budgets: list[Budget], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
+    """A row for each model and budget: the preset's training with fewer steps, each with a decay of its own.
 
     >>> ids = torch.arange(4, 30)
-    >>> {row: [job.train.steps for job in trials] for row, trials in budget_jobs(SIZES["smoke"][1], 30, ids, ids).items()}
-    {'LLaDA, smoke / 2': [100], 'LLaDA, smoke': [200], 'AR, smoke / 2': [100], 'AR, smoke': [200]}
+    >>> jobs = budget_jobs([Budget("LLaDA", "cpu", 9), Budget("AR", "cpu"), Budget("AR", "cpu", 0)], 30, ids, ids)
+    >>> {row: (trials[0].train.steps, len(trials)) for row, trials in jobs.items()}
+    {'LLaDA, cpu / 9': (350, 3), 'AR, cpu': (1060, 3), 'AR, cpu, as many steps as LLaDA': (3150, 3)}
     """
     jobs = {}
-    for name, rows in budgets.items():
-        for preset, share, seeds in rows:
-            job = H.PRESETS[preset].jobs(vocab_size, train_ids, val_ids)[name]
-            config = job.train
-            if share < 1:
-                config = replace(config, steps=round(share * config.steps), evals=max(1, round(share * config.evals)))
-            row = f"{name}, {preset}" + (f" / {round(1 / share)}" if share < 1 else "")
-            jobs[row] = [replace(job, train=replace(config, seed=config.seed + seed)) for seed in range(seeds)]
+    for name, preset, parts, seeds in budgets:
+        known = H.PRESETS[preset]
+        job = known.jobs(vocab_size, train_ids, val_ids)[name]
+        longer = {"steps": known.llada.steps, "evals": known.llada.evals}
+        config = shortened(job.train, parts) if parts else replace(job.train, **longer)
+        row = f"{name}, {preset}" + (f" / {parts}" if parts > 1 else ", as many steps as LLaDA" if not parts else "")
+        jobs[row] = [replace(job, train=replace(config, seed=config.seed + seed)) for seed in range(seeds)]
     return jobs
 
 
@@ -143,13 +154,14 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
 def compute_ratio(table: pd.DataFrame) -> tuple[float, float]:
     """How many times AR's compute LLaDA needs for the same nats per character, at the least and at the most of the numbers that
     both curves pass; each curve is straight between its budgets in log compute. (NaN, NaN) where the curves have none in common.
+    Rows of the larger `cpu_long` models are no part of the curves.
 
     >>> curves = {"LLaDA": ((1, 2.5), (10, 2.0), (100, 1.5)), "AR": ((0.1, 2.5), (1, 2.0), (10, 1.5))}
-    >>> rows = [{"model": name, "TFLOP": c, "nats/char": n} for name, curve in curves.items() for c, n in curve]
+    >>> rows = [{"row": name, "model": name, "TFLOP": c, "nats/char": n} for name, curve in curves.items() for c, n in curve]
     >>> [round(ratio, 6) for ratio in compute_ratio(pd.DataFrame(rows))]
     [10.0, 10.0]
     """
-    curves = {}
+    curves, table = {}, table[~table["row"].str.contains("long")]
     for name, part in table.groupby("model"):
         part = part.sort_values("nats/char")
         curves[name] = part["nats/char"].to_numpy(), np.log(part["TFLOP"].to_numpy())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond import ablations, blocks, budget, crossover, exact, knob, schedule, tuning, vocabulary
+from beyond import ablations, blocks, budget, crossover, exact, vocabulary
 from beyond.quality import parts
 
 Jobs = dict[str, list[H.Job]]
@@ -38,49 +38,46 @@ def characters(sequences: Tensor, learned: Tensor, lengths: Tensor | None = None
 
 
 class Row(NamedTuple):
-    """What `run_jobs` keeps of a row: its line, its curves, and what a paired difference needs."""
+    """What `run_jobs` keeps of a row: its line, its curves, and what differences to it need."""
 
     line: dict
     curves: list[pd.DataFrame]
-    sequences: Tensor  # LongTensor[N, L], the validation windows
-    learned: Tensor  # BoolTensor[N, L]
-    nats: Tensor  # FloatTensor[seeds, N]
+    nats: list[float]  # nats per character of each seed's training
+    job: H.Job
 
 
 Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training, which replace those of the same name
 
 
 def _row(
-    row: str, trials: list[H.Job], runs: list[H.Run], lengths: Tensor | None, measure: Measure | None, first: Row | None
+    row: str, trials: list[H.Job], runs: list[H.Run], lengths: Tensor | None, measure: Measure | None, ours: Row | None
 ) -> Row:
-    """One line of a table from its finished runs."""
+    """One line of a table from its finished runs; `ours`: the row that it is a change of."""
     job, summary = trials[0], runs[0].summary
     sequences = job.validation_sequences()
-    learned = job.learned(sequences)
-    counts = characters(sequences, learned, lengths)
-    nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs])
+    counts = characters(sequences, learned := job.learned(sequences), lengths)
+    nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs]).mean(dim=0)
     each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
-    result = Row({"row": row, "scored on": "validation text"}, [], sequences, learned, nats)
-    line = result.line
-    line["nats/char"], line["95% ±"] = H.per_character(nats.mean(dim=0), counts)
+    line = {"row": row, "scored on": "validation text"}
+    line["nats/char"], line["95% ±"] = H.per_character(nats, counts)
     if measure:  # what is no number is that of the first seed
         further = pd.DataFrame([measure(trial, run) for trial, run in zip(trials, runs)])
         line |= further.iloc[0].to_dict() | further.mean(numeric_only=True).to_dict()
         each = further["nats/char"].tolist()
+    made = Row(line, [run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials)], each, job)
+    ours = ours or made
+    apart = [mine - theirs for mine, theirs in zip(each, ours.nats)]  # seed by seed
     line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": H.half_width(each)}
-    first = first or result
-    same = torch.equal(sequences, first.sequences) and torch.equal(learned, first.learned)
-    if same and line["scored on"] == "validation text":  # which is where `nats` are from
-        line["difference"], line["difference ±"] = H.per_character(nats.mean(dim=0) - first.nats.mean(dim=0), counts)
-        apart = [float((ours - theirs).sum() / counts.sum()) for ours, theirs in zip(nats, first.nats)]  # seed by seed
-        line["difference over seeds ±"] = H.half_width(apart)
+    line |= {f"seed {trial.train.seed}": value for trial, value in zip(trials, each)}
+    line |= {"difference": sum(apart) / len(apart), "difference ±": H.half_width(apart)}
+    usual = ours.job.settings()
+    line["changed"] = ", ".join(f"{key}={value}" for key, value in job.settings().items() if value != usual[key])
     text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
     line |= {"parameters": summary["parameters"], "steps": summary["steps"], "tokens": summary["tokens"]}
     line["characters"] = int(characters(text, job.learned(text), lengths).sum())
     line["epochs"] = summary["tokens"] / text.numel()  # and no seconds: suites share their machine with other work
     line |= {"fingerprint": suite_mark(trials), "device": summary["device"], "commit": summary["commit"]}
-    result.curves.extend(run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials))
-    return result
+    return made
 
 
 def _train(name: str, job: H.Job, **options) -> H.Run:
@@ -104,9 +101,8 @@ def run_jobs(
 ) -> pd.DataFrame:
     """Train every job (or load it); write tables/NAME.csv, a row for each entry of `jobs`, and tables/NAME_curves.csv.
 
-    Each row's seeds are averaged window by window; "95% ±" is over windows. Where there are several seeds, "lowest seed",
-    "highest seed" and "over seeds ±" (Student's t) say how far trainings differ. The difference to the first row is paired: the
-    same windows and masks, and over seeds the same seed.
+    "95% ±" is over stretches of text, for the mean of a row's models. "seed 0" and so on are its trainings; "over seeds ±" is
+    Student's interval over them, "difference ±" that of the differences, seed by seed, to the first row of the same model.
 
     Args:
         results: where to write.
@@ -114,7 +110,7 @@ def run_jobs(
         only: rows that match this regular expression; nothing is written then.
         lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
         measure: further columns, a mean over seeds each; its "nats/char" takes the place of that of the validation windows, and
-            "scored on" then says of which text it is (if not of validation text, there is no difference to the first row).
+            "scored on" then says of which text it is.
 
     >>> import os, tempfile
     >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
@@ -127,11 +123,14 @@ def run_jobs(
     (['base'], [1], [16])
     """
     rows: list[Row] = []
+    ours: dict[bool, Row] = {}
     for index, (row, trials) in enumerate(jobs.items()):
         if re.search(only, row):
             fast = compiled and issubclass(trials[0].architecture, H.Transformer)
             runs = [_train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
-            rows.append(_row(row, trials, runs, (lengths or {}).get(row), measure, rows[0] if rows else None))
+            causal = trials[0].model.causal
+            rows.append(_row(row, trials, runs, (lengths or {}).get(row), measure, ours.get(causal)))
+            ours.setdefault(causal, rows[-1])
     table = pd.DataFrame([row.line for row in rows])
     if only:
         return table.round(4)
@@ -161,34 +160,58 @@ def _read_table(path: Path) -> pd.DataFrame:
 def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options) -> tuple[pd.DataFrame, pd.DataFrame]:
     """NAME.csv and NAME_curves.csv if `full`'s trainings made them, else those of `short`, trained here.
 
-    Looked for where `results` writes and among the committed tables. On the named run a committed table of the same rows is shown
-    even if earlier code made it, which is then said: hours of training tell more than minutes. `options` are `run_jobs`'s.
-
-    >>> import os, tempfile
-    >>> ids, here, results = torch.arange(4, 10).repeat(20), os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
-    >>> job = H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(1, 2, evals=1), ids, ids)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)
-    ...     _ = run_jobs(results, "demo", {"full": [job]}, quiet=True)  # what the command line leaves behind
-    ...     table, curves = experiment(results, "demo", full={"full": [job]}, short={})
-    ...     os.chdir(here)
-    demo: the full suite, read from build/smoke/figures/tables/demo.csv
+    Looked for where `results` writes and among the committed tables. On the named run the committed table is shown even if some
+    rows are missing or earlier code made it, which is then said: hours of training tell more than minutes. `options` are
+    `run_jobs`'s.
     """
     wanted = {row: suite_mark(trials) for row, trials in full.items()}
     for tables in (results.tables, COMMITTED):
         known, curves = (_read_table(tables / f"{file}.csv") for file in (name, f"{name}_curves"))
         marks = dict(zip(known["row"], known["fingerprint"])) if {"row", "fingerprint"} <= set(known) else {}
-        if len(curves) and marks == wanted:
-            print(f"{name}: the full suite, read from {tables / name}.csv")
-            return known, curves
-        if len(curves) and marks.keys() == wanted.keys() and tables == results.tables == COMMITTED:
+        said = "the full suite" if marks == wanted else f"{len(marks)} of {len(wanted)} rows, the others are not trained yet"
+        if not marks.items() <= wanted.items():
             commits = ", ".join(sorted({*known["commit"].replace("none", "unknown")}))
             scored = f"scored on {known['scored on'][0] if 'scored on' in known else BEFORE}"
-            made = f"made at commit {commits} by earlier code and {scored}; the command line remakes it"
-            print(f"{name}: the full suite, read from {tables / name}.csv, {made}")
+            said = f"made at commit {commits} by earlier code and {scored}; the command line remakes it"
+        if len(curves) and marks and (marks == wanted or tables == results.tables == COMMITTED):
+            print(f"{name}: {said}, read from {tables / name}.csv")
             return known, curves
     table = run_jobs(results, name, short, quiet=True, **options)
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")
+
+
+def every_run(results: H.Results) -> pd.DataFrame:
+    """tables/runs.csv, every training behind a table: suite, row, seed, what its row changes, steps, tokens, best validation
+    loss, device, commit, fingerprint.
+
+    The suites' trainings are read off their tables and curves (what an earlier table does not say is missing), whatever this
+    folder has trained; those that a notebook made by itself are the other complete runs of this folder.
+    """
+    lines, kept = [], ("row", "changed", "steps", "tokens", "device", "commit")
+    for name in SUITES:
+        known, curves = (_read_table(results.tables / f"{file}.csv") for file in (name, f"{name}_curves"))
+        for line in known.to_dict("records") if len(curves) else ():
+            best = curves[curves["row"].astype(str) == line["row"]].groupby("seed")["val_loss"].min()
+            for (seed, loss), mark in zip(best.items(), line["fingerprint"].split("+")):
+                shared = {key: line.get(key) for key in kept}
+                lines.append({"suite": name, "seed": seed, **shared, "best": loss, "fingerprint": mark})
+    known = {line["fingerprint"] for line in lines}
+    for path in sorted(Path("runs").glob("*/run.json")):
+        record, mark = json.loads(path.read_text()), path.parent.name[-12:]
+        if record["complete"] and mark not in known:
+            shared = {key: record.get(key) for key in (*kept, "seed", "best")} | {"row": record["name"]}
+            lines.append({"suite": "notebooks", **shared, "fingerprint": mark})
+    return results.table(pd.DataFrame(lines), "runs")
+
+
+def finished(job: H.Job) -> bool:
+    """Whether a run of the job is complete under the current directory.
+
+    >>> ids = torch.arange(4, 10)
+    >>> finished(H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8), H.TrainConfig(steps=2, batch_size=2), ids, ids))
+    False
+    """
+    return any(json.loads(path.read_text())["complete"] for path in Path("runs").glob(f"*-{job.fingerprint()}/run.json"))
 
 
 def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -244,8 +267,8 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
 class Suite(NamedTuple):
     """A table that the command line can make.
 
-    >>> SUITES["tuning"].sizes["smoke"]  # of the short form and of the full one
-    (5120, 10240)
+    >>> SUITES["ablations"].sizes["smoke"]  # of the short form and of the full one
+    (40, 20)
     """
 
     about: str
@@ -259,12 +282,13 @@ SUITES = {
         "LLaDA and AR with one thing changed at a time, three seeds",
         ablations.SIZES,
         lambda preset, size, text, data: (ablations.ablation_jobs(preset, size, *data), None),
+        ablations.ablation_measure,
     ),
     "blocks": Suite(
         "block diffusion between AR and LLaDA, at equal steps and at equal compute",
         blocks.SIZES,
         lambda preset, size, text, data: (blocks.block_jobs(H.PRESETS[size[0]], size[1], *data), None),
-        knob.knob_measure,
+        blocks.block_measure if hasattr(blocks, "block_measure") else None,
     ),
     "crossover": Suite(
         "LLaDA against AR on little text, for many epochs",
@@ -276,26 +300,6 @@ SUITES = {
         "characters against byte pairs, LLaDA and AR",
         vocabulary.SIZES,
         lambda preset, size, text, data: vocabulary.vocabulary_jobs(preset, size, text),
-    ),
-    "schedule": Suite(
-        "LLaDA with t = u^p, p from 1 to 2, three seeds",
-        schedule.SIZES,
-        lambda preset, size, text, data: (schedule.schedule_jobs(preset, size, *data), None),
-    ),
-    "tuning": Suite(
-        "LLaDA's recipe with one of its choices changed, at a quarter of the preset's training",
-        tuning.SIZES,
-        lambda preset, size, text, data: (tuning.llada_jobs(preset, size, *data), None),
-    ),
-    "tuning_ar": Suite(
-        "AR's recipe with one of its choices changed",
-        tuning.SIZES,
-        lambda preset, size, text, data: (tuning.ar_jobs(preset, size, *data), None),
-    ),
-    "tuning_weights": Suite(
-        "LLaDA with its weights averaged or in another shape, as long as tuning's",
-        tuning.SIZES,
-        lambda preset, size, text, data: (tuning.weight_jobs(preset, size, *data), None),
     ),
     "decoder": Suite(
         "LLaDA trained further for the decoder of eight bit-reversed passes, and as long on Eq. 3",
@@ -309,20 +313,15 @@ SUITES = {
         lambda preset, size, text, data: (budget.budget_jobs(size, *data), None),
         budget.budget_measure,
     ),
-    "schedule_full": Suite(
-        "t = u against ours, as long as the preset trains, two seeds",
-        {name: (schedule.SIZES[name][0], preset.llada) for name, preset in H.PRESETS.items()},
-        lambda preset, size, text, data: (schedule.schedule_jobs(preset, size, *data, (1, H.POWER), seeds=2), None),
-    ),
 }
 
 
 def suite(name: str, preset: H.Preset, text: str) -> tuple[Jobs, Jobs, dict]:
     """The full and the short form of a suite, and `run_jobs`'s options for it, "lengths" and "measure": for `experiment`.
 
-    >>> full, short, options = suite("tuning", H.PRESETS["smoke"], "to be, or not to be " * 20)
-    >>> [form["32 windows"][0].train.steps for form in (full, short)], options
-    ([5, 2], {'lengths': None, 'measure': None})
+    >>> full, short, options = suite("crossover", H.PRESETS["smoke"], "to be, or not to be " * 20)
+    >>> len(full), len(short), options["lengths"]
+    (16, 16, None)
     """
     tokenizer = H.CharTokenizer.from_text(text)
     data = (tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
@@ -346,8 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     abouts["exact"] = "exact nats of every decoder, with the preset's two models; tables/exact.csv and others"
     abouts["record"] = "the best LLaDA and AR of a preset, on nine tenths of the text, scored on the rest; tables/record.csv"
     for command, about in abouts.items():
-        aliases = ["ablate"] if command == "ablations" else []
-        options = commands.add_parser(command, help=about, description=about, aliases=aliases)
+        options = commands.add_parser(command, help=about, description=about)
         options.add_argument("--preset", choices=H.PRESETS, help="default: $LLADA_PRESET, else gpu if there is one, else cpu")
         if command == "train":
             options.add_argument("--model", choices=("llada", "ar"), required=True, help="the mask predictor or the baseline")
@@ -357,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
             options.add_argument("--side-by-side", type=int, default=1, metavar="N", help="trainings of the study at a time")
         else:
             options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
-        options.set_defaults(command=command)  # an alias says the name
+            options.add_argument("--done", action="store_true", help="train nothing: a table of the rows that are complete")
     return parser
 
 
@@ -390,6 +388,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(table.round(4).to_string(index=False))
         return
     jobs, _, options = suite(arguments.command, preset, text)
+    if arguments.done:
+        jobs = {row: trials for row, trials in jobs.items() if all(map(finished, trials))}
     results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}
     table = run_jobs(results, arguments.command, jobs, **options)
     print(table.iloc[:, :8].to_string(index=False))

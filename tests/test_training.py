@@ -34,10 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llada_helpers as h
-from beyond import blocks, losses, variants
+from beyond import ablations, blocks
+from beyond.ablations import LearnedPositions, TimeConditioned, masked_mean
 from beyond.dialogue import response_tokens
-from beyond.losses import masked_mean, polynomial
-from beyond.variants import LearnedPositions, TimeConditioned
 
 MODEL = h.ModelConfig(vocab_size=10, seq_len=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
 STEADY = replace(MODEL, dropout=0.0)
@@ -773,8 +772,8 @@ CHANGES = {
     "split point": {"train_ids": torch.cat((TRAIN_IDS, VAL_IDS[:20])), "val_ids": VAL_IDS[20:]},
     "shape of the data": {"train_ids": TRAIN_IDS.view(-1, 8)},
     "batch": {"make_batch": h.next_token_batch},
-    "batch with a power": {"make_batch": polynomial(2)},
-    "batch with another power": {"make_batch": polynomial(3)},
+    "batch with a switch": {"make_batch": ablations.switched(masked_mean, h.diffusion_batch, 2)},
+    "batch with another switch": {"make_batch": ablations.switched(masked_mean, h.diffusion_batch, 3)},
     "learned tokens": {"learned": response_tokens},
     "time": {"architecture": TimeConditioned},
     "positions": {"architecture": LearnedPositions},
@@ -794,9 +793,9 @@ def test_fingerprint_changes_with_the_named_version_of_the_code(monkeypatch):
 
 
 def test_fingerprint_changes_with_the_power_of_the_schedule_where_it_is_used(monkeypatch):
-    before = mark(), mark(make_batch=h.next_token_batch), mark(make_batch=polynomial(2))
+    before = mark(), mark(make_batch=h.next_token_batch), mark(make_batch=ablations.square_times)
     monkeypatch.setattr(h, "POWER", h.POWER + 0.25)
-    after = mark(), mark(make_batch=h.next_token_batch), mark(make_batch=polynomial(2))
+    after = mark(), mark(make_batch=h.next_token_batch), mark(make_batch=ablations.square_times)
     assert [a == b for a, b in zip(before, after)] == [False, True, True]
 
 
@@ -810,9 +809,10 @@ DECIDES = {
         *(h.Job.validation_nats, h.ar_nll, h.token_nll, h.exact_masks, h.nelbo),
     ),
     "beyond": (
-        *(losses.masked_mean, losses.masked_mean_over_t, losses.uniform_times, losses.independent_times),
-        *(losses.one_time_per_batch, losses.importance_times, losses.complementary_masks, losses.polynomial, losses.switched),
-        *(variants.AdaptiveNorm, TimeConditioned, variants.PositionEmbedding, LearnedPositions, response_tokens),
+        *(masked_mean, ablations.masked_mean_over_t, ablations.uniform_times, ablations.independent_times, ablations.bell_times),
+        *(ablations.one_time_per_batch, ablations.square_times, ablations.bell, ablations._bell_times, ablations.switched),
+        *(ablations.bell_times_weighted, ablations.AdaptiveNorm, TimeConditioned, ablations.PositionEmbedding, LearnedPositions),
+        response_tokens,
         *(blocks.block_mask, blocks.BlockDiffusion, blocks.block_masks, blocks.block_batch, blocks.block_nelbo, blocks.BlockJob),
     ),
 }
