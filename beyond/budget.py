@@ -119,15 +119,6 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
 
     Texts are continued from prompts of the test text to one window of the preset, a shorter one if that is the model's; judge and
     words are those of Part 8. The sample begins with `prompt`, or as the test text does if the text lacks its characters.
-
-    >>> text = "to be, or not to be " * 40
-    >>> tokenizer = H.CharTokenizer.from_text(text)
-    >>> shape = H.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8)
-    >>> job = H.Job(shape, H.TrainConfig(1, 2), *quality.parts(tokenizer.encode(text))[:2])
-    >>> run = H.Run(H.Transformer(shape), pd.DataFrame(), {}, None)
-    >>> row = budget_measure(H.PRESETS["smoke"], text)(job, run)
-    >>> row["model"], round(row["nats/char"], 2), len(row["sample"])  # blank: ln 12
-    ('LLaDA', 2.48, 64)
     """
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, _, test_ids = quality.parts(tokenizer.encode(text))
@@ -210,11 +201,7 @@ def study_jobs(preset: H.Preset, vocab_size: int, train_ids: Tensor) -> list[tup
 
 
 def train_all(jobs: list[tuple[str, H.Job]], compiled: bool, side_by_side: int) -> list[H.Run]:
-    """Train jobs under their names; several processes at a time make better use of a GPU that one small model leaves idle.
-
-    >>> train_all([], compiled=False, side_by_side=1)
-    []
-    """
+    """Train jobs under their names; several processes at a time make better use of a GPU that one small model leaves idle."""
     if side_by_side > 1:
         with ProcessPoolExecutor(side_by_side, multiprocessing.get_context("spawn")) as pool:
             for name, job in jobs:
@@ -243,16 +230,6 @@ def record(preset: H.Preset, text: str, settings: dict[str, dict], seeds: Sequen
 
     Trained on the first 90%, to the end: the part of it that is validated on only watches, and the scored text decides nothing.
     LLaDA's "nats/char" is a bound, AR's is exact. `settings`: by model, as `study` has them; what is missing is the preset's.
-
-    >>> import os, tempfile
-    >>> here, config = os.getcwd(), H.TrainConfig(2, 2, evals=1)
-    >>> small = replace(H.PRESETS["smoke"], llada=config, ar=config)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)
-    ...     table = record(small, "to be, or not to be " * 40, {"AR": {"dropout": 0.3}})
-    ...     os.chdir(here)
-    >>> table[["model", "dropout", "steps", "characters"]].values.tolist()
-    [['LLaDA', 0.0, 2, 80], ['AR', 0.3, 2, 80]]
     """
     tokenizer, rows = H.CharTokenizer.from_text(text), []
     train_ids, test_ids = H.split(tokenizer.encode(text), 0.9)

@@ -138,11 +138,7 @@ def left_to_right(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) 
 
 
 def right_to_left(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
-    """Strategy: AR's order, backwards.
-
-    >>> right_to_left(None, None, torch.tensor([[False, True, True, True]]), torch.tensor([2])).tolist()
-    [[False, False, True, True]]
-    """
+    """Strategy: AR's order, backwards."""
     return left_to_right(tokens, probs, masked.flip(1), count).flip(1)
 
 
@@ -278,13 +274,7 @@ def exact_table(models: dict[str, H.Transformer], windows: Tensor, sizes: Sizes,
 
 
 def price_of_passes(model: H.Transformer, windows: Tensor, steps: int) -> pd.DataFrame:
-    """Where a decoder of `steps` passes pays: nats per character of those that each pass commits, and their share of a text's.
-
-    >>> model = H.Transformer(H.ModelConfig(9, 4, n_layer=1, n_head=1, n_embd=8))
-    >>> table = price_of_passes(model, torch.tensor([[4, 5, 6, 7]]), 2)
-    >>> table[["decoder", "pass"]].values.tolist()[:2], table["nats/char"].round(2).unique().tolist()
-    ([['random', 1], ['random', 2]], [1.61])
-    """
+    """Where a decoder of `steps` passes pays: nats per character of those that each pass commits, and their share of a text's."""
     lines = []
     for name, strategy, k in decoders((steps,), windows.shape[1]):
         if k == steps and name in EVEN:
@@ -301,12 +291,6 @@ def by_place(models: dict[str, H.Transformer], windows: Tensor, parts: int = 8) 
     """Nats per character by the place in the window: AR, LLaDA from left to right, LLaDA's NELBO.
 
     Asked AR's own question, what is masked of the window is what lies to the right: the place is the masking rate.
-
-    >>> shape = H.ModelConfig(9, 16, n_layer=1, n_head=1, n_embd=8)
-    >>> models = {"LLaDA": H.Transformer(shape), "AR": H.Transformer(replace(shape, causal=True))}
-    >>> table = by_place(models, torch.randint(4, 9, (6, 16), generator=torch.Generator().manual_seed(0)), parts=2)
-    >>> table["model"].unique().tolist(), table["place"].unique().tolist()
-    (['AR', 'LLaDA, left to right', 'LLaDA, random order (NELBO)'], ['1-8', '9-16'])
     """
     nats = {"AR": cost_by_place(models["AR"], windows)}
     nats["LLaDA, left to right"] = measured(models["LLaDA"], windows, left_to_right, windows.shape[1])[0]
@@ -321,11 +305,7 @@ def by_place(models: dict[str, H.Transformer], windows: Tensor, parts: int = 8) 
 
 
 def tables(models: dict[str, H.Transformer], val: Tensor, test: Tensor, sizes: Sizes) -> dict[str, Callable[[], pd.DataFrame]]:
-    """How the tables are made, by name, on windows [N, L] of the test text; what is chosen, on those of the validation text.
-
-    >>> list(tables({}, None, torch.zeros(1, 8), SIZES["smoke"][0]))
-    ['exact', 'exact_choice', 'exact_passes', 'exact_places']
-    """
+    """How the tables are made, by name, on windows [N, L] of the test text; what is chosen, on those of the validation text."""
     few, choice = chosen(test, sizes.few), sizes._replace(windows=sizes.few, one_by_one=sizes.few)
     return {
         "exact": lambda: exact_table(models, test, sizes),
@@ -357,18 +337,7 @@ def decoder_batch(sequences: Tensor, generator: torch.Generator, learned: Tensor
 
 
 def decoder_jobs(preset: H.Preset, config: H.TrainConfig, vocab_size: int, *data: Tensor) -> dict[str, list[H.Job]]:
-    """Further training of the preset's LLaDA, three seeds each: on Eq. 3, the control, and on the decoder's own states.
-
-    >>> import os, tempfile
-    >>> here, ids = os.getcwd(), torch.arange(4, 30).repeat(10)
-    >>> small = replace(H.PRESETS["smoke"], llada=H.TrainConfig(1, 2, evals=1))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)  # the LLaDA to begin with is trained where Python runs
-    ...     jobs = decoder_jobs(small, TRAINING["smoke"][0], 30, ids, ids)
-    ...     os.chdir(here)
-    >>> {row: [job.train.seed for job in trials] for row, trials in jobs.items()}
-    {'Eq. 3 for longer': [1, 2, 3], "the decoder's states": [1, 2, 3]}
-    """
+    """Further training of the preset's LLaDA, three seeds each: on Eq. 3, the control, and on the decoder's own states."""
     job = preset.jobs(vocab_size, *data)["LLaDA"]
     start = H.train(f"{preset.name}-llada", job, compiled=preset.compiled, quiet=True).model.cpu()
     more = [replace(job, train=replace(config, seed=seed), start=start) for seed in (1, 2, 3)]
@@ -376,15 +345,7 @@ def decoder_jobs(preset: H.Preset, config: H.TrainConfig, vocab_size: int, *data
 
 
 def decoder_measure(preset: H.Preset, text: str):
-    """What `run_jobs` adds: the price of `PASSES` and of twice as many bit-reversed passes, and the NELBO, on the test text.
-
-    >>> text = "to be, or not to be " * 64
-    >>> tokenizer = H.CharTokenizer.from_text(text)
-    >>> model = H.Transformer(H.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8))
-    >>> line = decoder_measure(H.PRESETS["smoke"], text)(None, H.Run(model, pd.DataFrame(), {}, None))
-    >>> [round(line[key], 2) for key in ("8 passes", "16 passes", "NELBO")]  # blank: ln 8 for the decoder, ln 12 for the bound
-    [2.08, 2.08, 2.48]
-    """
+    """What `run_jobs` adds: the price of `PASSES` and of twice as many bit-reversed passes, and the NELBO, on the test text."""
     tokenizer = H.CharTokenizer.from_text(text)
     windows = chosen(H.windows(quality.parts(tokenizer.encode(text))[2], preset.seq_len), SIZES[preset.name][1].few)
 

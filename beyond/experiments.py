@@ -205,29 +205,12 @@ def every_run(results: H.Results) -> pd.DataFrame:
 
 
 def finished(job: H.Job) -> bool:
-    """Whether a run of the job is complete under the current directory.
-
-    >>> ids = torch.arange(4, 10)
-    >>> finished(H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8), H.TrainConfig(steps=2, batch_size=2), ids, ids))
-    False
-    """
+    """Whether a run of the job is complete under the current directory."""
     return any(json.loads(path.read_text())["complete"] for path in Path("runs").glob(f"*-{job.fingerprint()}/run.json"))
 
 
 def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """NAME.csv, where `results` writes or among the committed tables, if `mark` made it; else what `short` makes, written so.
-
-    >>> import os, tempfile
-    >>> here, results = os.getcwd(), H.Results(H.PRESETS["smoke"], "a text")
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)
-    ...     _ = results.table(pd.DataFrame({"k": [1], "fingerprint": "a"}), "demo")  # what the command line leaves behind
-    ...     tables = [full_or_short(results, "demo", mark, lambda: pd.DataFrame({"k": [2]})) for mark in "ab"]
-    ...     os.chdir(here)
-    demo: the full table, read from build/smoke/figures/tables/demo.csv
-    >>> [(table["k"][0].item(), table["fingerprint"][0]) for table in tables]
-    [(1, 'a'), (2, 'b, short')]
-    """
+    """NAME.csv, where `results` writes or among the committed tables, if `mark` made it; else what `short` makes, written so."""
     for tables in (results.tables, COMMITTED):
         known = _read_table(tables / f"{name}.csv")
         if set(known.get("fingerprint", ())) == {mark}:
@@ -237,16 +220,7 @@ def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], 
 
 
 def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = False, only: str = "") -> dict[str, pd.DataFrame]:
-    """Those of `exact.tables`: the full ones if they are there, else short ones, of fewer windows; with `full`, made anew.
-
-    >>> import os, tempfile
-    >>> here, smoke = os.getcwd(), H.PRESETS["smoke"]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)
-    ...     print(exact_tables(H.Results(smoke, ""), smoke, "to be, or not to be " * 64, only="none"))
-    ...     os.chdir(here)
-    {}
-    """
+    """Those of `exact.tables`: the full ones if they are there, else short ones, of fewer windows; with `full`, made anew."""
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
     jobs = preset.jobs(tokenizer.vocab_size, train_ids, val_ids)
