@@ -9,6 +9,7 @@ learned BoolTensor[B, L]) -> (inputs LongTensor[B, L], targets LongTensor[B, L],
 from collections.abc import Callable
 from dataclasses import replace
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -298,6 +299,44 @@ def ablation_jobs(preset: H.Preset, parts: int, vocab_size: int, train_ids: Tens
         trainings = [replace(short[name], seed=seed, **config) for seed in range(SEEDS)]
         jobs[row] = [replace(ours[name], model=replace(ours[name].model, **shape), train=one, **job) for one in trainings]
     return jobs
+
+
+GROUPS = {"embed": "embedding", "qkv": "attention", "attention_out": "attention"}
+GROUPS |= {"mlp_in": "MLP", "mlp_out": "MLP", "head": "head"}
+
+
+def gradient_noise(model: H.Transformer, windows: Tensor, batches: int, size: int = 32, parts: int = 8) -> pd.DataFrame:
+    """How noisy the gradient of Eq. 3 is at fixed weights, by where t is drawn: E |g - mean|^2, for each group of parameters.
+
+    Args:
+        windows: LongTensor[N, L]; batches hold `size` of them, and the same ones and the same uniform numbers in each row.
+        batches: at least 2 x `parts`; the interval is Student's over `parts` parts of them.
+
+    >>> model = H.Transformer(H.ModelConfig(9, 4, n_layer=1, n_head=1, n_embd=8))
+    >>> list(gradient_noise(model, torch.full((2, 4), 5), 16))[:5]
+    ['row', 'embedding', 'embedding ±', 'attention', 'attention ±']
+    """
+    weights, lines = dict(model.named_parameters()), []
+    groups = {name: GROUPS[name.split(".")[-2]] for name in weights}
+    for make_batch in (H.diffusion_batch, uniform_times, independent_times, one_time_per_batch, square_times):
+        variance = {group: [] for group in groups.values()}
+        for part in torch.arange(batches).chunk(parts):
+            total, squares = dict.fromkeys(weights, 0.0), dict.fromkeys(variance, 0.0)
+            for seed in part.tolist():
+                generator = torch.Generator().manual_seed(seed)
+                rows = windows[torch.randint(len(windows), (size,), generator=generator)]
+                batch = (x.to(model.head.weight.device) for x in make_batch(rows, generator, H.real_tokens(rows)))
+                for name, g in zip(weights, torch.autograd.grad(H.weighted_nll(model, *batch), list(weights.values()))):
+                    total[name] = total[name] + g
+                    squares[groups[name]] += float(g.square().sum())
+            for group, found in variance.items():
+                mean = sum(float(total[name].square().sum()) for name in weights if groups[name] == group) / len(part)
+                found.append((squares[group] - mean) / (len(part) - 1))
+        line = {"row": "ours" if make_batch is H.diffusion_batch else make_batch.__name__.replace("_", " ")}
+        for group, found in variance.items():
+            line |= {group: sum(found) / parts, f"{group} ±": H.half_width(found)}
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:

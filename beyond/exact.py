@@ -22,6 +22,7 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond import decoding, quality
+from beyond.ablations import gradient_noise
 from beyond.anatomy import cost_by_place, spread
 from beyond.likelihood import low_noise_nelbo
 from llada_helpers import MaskPredictor, Strategy
@@ -120,11 +121,12 @@ class Sizes(NamedTuple):
     one_by_one: int  # of them where passes are many: one for each character or two, adaptive
     few: int  # of them for the choice on validation text, for single passes and places
     passes: tuple[int, ...]  # fewer ones
+    batches: int  # for the noise of the gradient
 
 
-FULL = Sizes(300, 100, 200, (4, 8, 16, 32))
-SIZES = {name: (Sizes(64, 16, 64, (4, 8, 16)), FULL) for name in H.PRESETS}
-SIZES["smoke"] = (Sizes(4, 2, 3, (4,)), Sizes(6, 3, 3, (2, 4)))
+FULL = Sizes(300, 100, 200, (4, 8, 16, 32), 400)
+SIZES = {name: (Sizes(64, 16, 64, (4, 8, 16), 16), FULL) for name in H.PRESETS}
+SIZES["smoke"] = (Sizes(4, 2, 3, (4,), 16), Sizes(6, 3, 3, (2, 4), 16))
 EVEN = ("random", "bit-reversed", "entropy", "left to right")  # as many characters in every pass
 
 
@@ -312,6 +314,7 @@ def tables(models: dict[str, H.Transformer], val: Tensor, test: Tensor, sizes: S
         "exact_choice": lambda: exact_table(models, val, choice, "apart|doubling|^bit-reversed, (4|8|16) "),
         "exact_passes": lambda: price_of_passes(models["LLaDA"], few, PASSES),
         "exact_places": lambda: by_place(models, few),
+        "gradient_noise": lambda: gradient_noise(models["LLaDA"], val, sizes.batches),
     }
 
 

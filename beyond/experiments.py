@@ -233,7 +233,8 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
         for block in models["LLaDA"].blocks if preset.compiled else ():
             block.compile()  # twice as fast on a CPU
         commit = H.describe_machine()["commit"]
-        kept = {n: {"scored on": f"{'validation' if n == 'exact_choice' else 'test'} text", "fingerprint": mark} for n in names}
+        text_of = {"exact_choice": "validation text", "gradient_noise": "validation text"}
+        kept = {n: {"scored on": text_of.get(n, "test text"), "fingerprint": mark} for n in names}
         return {n: results.table(large[n]().assign(**kept[n], commit=commit), n) for n in names}
     return {name: full_or_short(results, name, mark, short[name]) for name in names}
 
@@ -316,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     abouts = {"train": "train one model of a preset; runs/ and checkpoints/ get the result"}
     abouts |= {name: f"{known.about}; tables/{name}.csv" for name, known in SUITES.items()}
-    abouts["exact"] = "exact nats of every decoder, with the preset's two models; tables/exact.csv and others"
+    abouts["exact"] = "of the preset's two models: exact nats of every decoder, the gradient's noise; tables/exact.csv and others"
     abouts["record"] = "the best LLaDA and AR of a preset, on nine tenths of the text, scored on the rest; tables/record.csv"
     for command, about in abouts.items():
         options = commands.add_parser(command, help=about, description=about)

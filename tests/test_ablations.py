@@ -281,3 +281,26 @@ def test_a_batch_function_may_change_at_a_step():
             assert torch.equal(ours, theirs), (seed, step)
     later = ablations.switched(ablations.masked_mean, ablations.uniform_times, 8)
     assert job.fingerprint() != dataclasses.replace(job, make_batch=later).fingerprint()
+
+
+def test_the_noise_of_the_gradient_is_its_variance_over_batches():
+    """By hand, over all batches at once: the parts' estimates agree with it, for each group of parameters."""
+    model = h.Transformer(h.ModelConfig(10, 6, n_layer=1, n_head=1, n_embd=8))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    rows = torch.randint(4, 10, (5, 6), generator=seeded(0))
+    table = ablations.gradient_noise(model, rows, 240, size=4).set_index("row")
+    for name, make_batch in (("ours", h.diffusion_batch), ("one time per batch", ablations.one_time_per_batch)):
+        gradients = {"embedding": [], "attention": [], "MLP": [], "head": []}
+        for seed in range(240):
+            generator = seeded(seed)
+            some = rows[torch.randint(5, (4,), generator=generator)]
+            loss = h.weighted_nll(model, *make_batch(some, generator, some > 0))
+            found = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+            for group, kept in gradients.items():
+                kept.append(torch.cat([g.flatten() for n, g in found.items() if ablations.GROUPS[n.split(".")[-2]] == group]))
+        for group, kept in gradients.items():
+            variance = float(torch.stack(kept).var(dim=0).sum())
+            assert abs(table.loc[name, group] - variance) <= 1.5 * table.loc[name, f"{group} ±"] + 1e-9, (name, group)
