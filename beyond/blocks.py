@@ -9,7 +9,7 @@ with l, the number of masked tokens, uniform in 1 ... n_b, and x_l^b the block s
 always masked. (Where AR reads [START], it reads one [MASK] with nothing before it.) L' = L is LLaDA.
 
 A *block predictor* is a callable from pairs LongTensor[B, 2, L], noisy x_t and clean x_0, to logits FloatTensor[B, L, V] of the
-noisy tokens. `BlockDiffusion` is one in a single pass; `by_blocks` makes one of any mask predictor, in a pass for each block.
+noisy tokens, all blocks in one pass. The suite "blocks" trains and measures one for every length.
 """
 
 import functools
@@ -21,31 +21,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llada_helpers as H
-from llada_helpers import MaskPredictor
+from beyond import quality
+from llada_helpers import MaskPredictor, Strategy
 
 BlockPredictor = Callable[[Tensor], Tensor]
 LENGTHS = (1, 2, 4, 8, 16, 32)
 WHOLE = (1, 4, 16)  # those also trained for as many steps as LLaDA, at more than twice its compute
 _SHORT = ("smoke", H.TrainConfig(10, 16, evals=1, eval_windows=32))
 _CPU = ("cpu", H.TrainConfig(600, 16, evals=4))
-SIZES = {  # the notebook's short form and the full one: whose model, and how it is trained
-    "smoke": (_SHORT, ("smoke", H.TrainConfig(20, 16, evals=1, eval_windows=32))),
-    "cpu": (_SHORT, _CPU),
-    "cpu_long": (_SHORT, _CPU),
-    "gpu": (_SHORT, ("gpu", H.TrainConfig(3000, 64, adamw_lr=2e-3, evals=10))),
-}
+SCORES = ("passes", "judge nats/char", "known words", "char entropy", "distinct-3")
+_FULL = {"smoke": ("smoke", H.TrainConfig(20, 16, evals=1, eval_windows=32)), "cpu": _CPU, "cpu_long": _CPU}
+_FULL["gpu"] = ("gpu", H.TrainConfig(3000, 64, adamw_lr=2e-3, evals=10))
+SIZES = {name: (_SHORT, full) for name, full in _FULL.items()}  # short form and full one: whose model, and how it is trained
 
 
 def _check_length(block_length: int) -> None:
-    if block_length < 1:
-        raise ValueError(f"block_length={block_length}: pass a positive number of tokens")
+    H._refuse(block_length < 1, f"block_length={block_length}: pass a positive number of tokens")
 
 
 def block_mask(length: int, block_length: int) -> Tensor:
     """Who sees whom in one pass over the noisy half and the clean half: BoolTensor[query, key], [2 length, 2 length].
 
-    A noisy token sees its own noisy block and the clean blocks before it, a clean one the clean blocks up to its own (section 3.1
-    of BD3-LM). No token sees a later block, and no noisy one its own clean twin.
+    A noisy token sees its own noisy block and the clean ones before it, a clean token the clean blocks up to its own.
 
     >>> block_mask(2, 1).int().tolist()  # noisy 1, noisy 2, clean 1, clean 2
     [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
@@ -58,21 +55,16 @@ def block_mask(length: int, block_length: int) -> Tensor:
 
 
 class BlockDiffusion(H.Transformer):
-    """The Transformer, with no further parameter, as block predictor and as mask predictor; see `block_diffusion` for its kinds.
+    """The Transformer, with no further parameter, as block predictor and as mask predictor; `block_diffusion` makes its kinds.
 
-    Pairs [B, 2, L] take one pass over 2 L tokens, which gives the logits of the noisy half [B, L, V]; both halves carry the same
-    positions. Ids [B, L] take an ordinary pass in which every token sees the blocks up to its own, so that keys and values of
-    finished blocks stay as they are, whatever comes. [PAD] is never attended to.
-
-    ValueError: a causal config, or longer sequences than its `seq_len`.
+    Pairs [B, 2, L] take one pass over 2 L tokens, both halves with the same positions, to logits [B, L, V] of the noisy half. Ids
+    [B, L] take an ordinary pass in which every token sees the blocks up to its own: keys and values of finished blocks stay as
+    they are. [PAD] is never attended to. ValueError: a causal config, or longer sequences than its `seq_len`.
 
     >>> model = block_diffusion(2)(H.ModelConfig(vocab_size=9, seq_len=6, n_layer=1, n_head=1, n_embd=8))
-    >>> clean = torch.tensor([[4, 5, 6, 7]])
-    >>> isinstance(model, BlockDiffusion), tuple(model(torch.stack((clean, clean), dim=1)).shape)
-    (True, (1, 4, 9))
+    >>> model(torch.tensor([[[4, 5, 1, 1], [4, 5, 6, 7]]])).shape
+    torch.Size([1, 4, 9])
     """
-
-    block_length: int
 
     def __init__(self, config: H.ModelConfig):
         super().__init__(config)
@@ -114,36 +106,7 @@ def block_diffusion(block_length: int) -> type:
     ('BlockDiffusion_4', 4)
     """
     _check_length(block_length)
-    named = {"block_length": block_length, "__module__": __name__, "__doc__": BlockDiffusion.__doc__}
-    return type(f"BlockDiffusion_{block_length}", (BlockDiffusion,), named)
-
-
-@H._inference
-def _by_blocks(model: MaskPredictor, pairs: Tensor, block_length: int, mask_id: int) -> Tensor:
-    (noisy, clean), logits = pairs.unbind(dim=1), []
-    for block in range(0, noisy.shape[1], block_length):
-        here, later = noisy[:, block : block + block_length], noisy[:, block + block_length :]
-        ids = torch.cat((clean[:, :block], here, torch.full_like(later, mask_id)), dim=1)
-        logits.append(model(ids)[:, block : block + block_length])
-    return torch.cat(logits, dim=1)
-
-
-def by_blocks(model: MaskPredictor, block_length: int, mask_id: int = H.MASK_ID) -> BlockPredictor:
-    """Any mask predictor as a block predictor: a pass for each block, the clean ones before it, [MASK] for all that comes after.
-
-    So LLaDA itself can be scored in blocks that it was not trained for. Pass pairs on the model's device.
-
-    Raises:
-        ValueError: block_length < 1.
-
-    >>> def model(ids):  # favours 4 by as many nats as it sees tokens
-    ...     return torch.eye(8)[4] * (ids != H.MASK_ID).sum(dim=1)[:, None, None].expand(*ids.shape, 1)
-    >>> noisy = torch.full((1, 3), H.MASK_ID)
-    >>> by_blocks(model, 1)(torch.stack((noisy, torch.tensor([[5, 6, 7]])), dim=1))[0, :, 4].tolist()
-    [0.0, 1.0, 2.0]
-    """
-    _check_length(block_length)
-    return lambda pairs: _by_blocks(model, pairs, block_length, mask_id)
+    return type(f"BlockDiffusion_{block_length}", (BlockDiffusion,), {"block_length": block_length, "__module__": __name__})
 
 
 def block_masks(
@@ -151,16 +114,10 @@ def block_masks(
 ) -> tuple[Tensor, Tensor]:
     """Masks of exactly l tokens in each block, and the weights that make a sum of cross-entropies under them a bound.
 
-    In a block with n maskable tokens l is floor(n u^power) + 1, which has the probability P(l) = (l / n)^(1 / power) -
-    ((l - 1) / n)^(1 / power) for uniform u. A token weighs 1 / (l P(l)): with power 1 the bound's n / l, with another one its
-    expectation. A block of one token weighs 1 whatever u is.
-
-    Args:
-        u: FloatTensor[K, B * ceil(L / block_length)] in [0, 1], for K masks of each block of each row.
-        maskable: BoolTensor[B, L].
-
-    Returns:
-        BoolTensor[K, B, L], true where masked; DoubleTensor[K, B, L], 0 elsewhere.
+    u FloatTensor[K, B * ceil(L / block_length)] in [0, 1], for K masks of each block of each row, and maskable BoolTensor[B, L]
+    give BoolTensor[K, B, L] and DoubleTensor[K, B, L], 0 where nothing is masked. In a block with n maskable tokens l is
+    floor(n u^power) + 1, of probability P(l) = (l / n)^(1 / power) - ((l - 1) / n)^(1 / power) for uniform u. A token weighs
+    1 / (l P(l)): with power 1 the bound's n / l, with another one its expectation.
 
     >>> everything = torch.ones(1, 4, dtype=torch.bool)
     >>> mask, weight = block_masks(torch.tensor([[0.1, 0.6]]), everything, 2, generator=torch.Generator().manual_seed(0))
@@ -174,20 +131,15 @@ def block_masks(
     n, count = n.clamp(min=1), count.clamp(min=1)
     chance = (count / n).double() ** (1 / power) - ((count - 1) / n).double() ** (1 / power)
     weight = mask / (chance * count)[..., None]
-    mask, weight = (x.view(len(u), len(maskable), -1)[..., : maskable.shape[1]] for x in (mask, weight))
-    return mask, weight
+    return tuple(x.view(len(u), len(maskable), -1)[..., : maskable.shape[1]] for x in (mask, weight))
 
 
 def block_batch(block_length: int) -> Callable[[Tensor, torch.Generator | None, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """The batch function, as `Job.make_batch` takes it, whose loss is the bound in nats per learned token, for every power.
 
     (sequences LongTensor[B, L], generator, learned BoolTensor[B, L]) -> (pairs LongTensor[B, 2, L], targets [B, L], weights
-    [B, L]). Each block has a t = u^`POWER` of its own (see `llada_helpers.diffusion_batch`), stratified over all blocks of the
-    batch and shuffled, since blocks are not alike: the first has nothing before it. Exactly l of its tokens are masked, so that
-    L' = 1 has AR's loss without noise. The function is named after length and power: fingerprints hold the name.
-
-    Raises:
-        ValueError: block_length < 1.
+    [B, L]). Each block has a t = u^`POWER` of its own, stratified over all blocks of the batch and shuffled, since the first has
+    nothing before it. The function is named after length and power: fingerprints hold the name. ValueError: block_length < 1.
 
     >>> ids = torch.tensor([[4, 5, 6, 7]])
     >>> pairs, _, weights = block_batch(1)(ids, torch.Generator().manual_seed(0), H.real_tokens(ids))
@@ -222,14 +174,9 @@ def block_nelbo(
 ) -> Tensor:
     """Unbiased estimate of the bound above on -log p of each sequence LongTensor[B, L], FloatTensor[B], nats; exact for L' = 1.
 
-    Each of K = `n_samples` passes masks exactly l tokens of every block. l is stratified: in pass k, l / n is uniform in
-    [k / K, (k + 1) / K), and all blocks of all rows share each such stratum in a random order.
-
-    Args:
-        maskable: BoolTensor[B, L], what is scored; default everything.
-
-    Raises:
-        ValueError: block_length or n_samples < 1, or shapes that do not fit.
+    Each of K = `n_samples` passes masks exactly l tokens of every block, l / n in [k / K, (k + 1) / K) in pass k: all blocks of
+    all rows share each such stratum in a random order. `maskable` BoolTensor[B, L], what is scored, default everything.
+    ValueError: block_length or n_samples < 1, or shapes that do not fit.
 
     >>> blank = lambda pairs: torch.zeros(*pairs[:, 0].shape, 8)  # all 8 tokens are equally likely
     >>> bound = block_nelbo(blank, torch.tensor([[4, 5, 6, 7]]), H.MASK_ID, block_length=2, n_samples=1)
@@ -238,9 +185,7 @@ def block_nelbo(
     """
     _check_length(block_length)
     L, blocks = sequences.shape[1], len(sequences) * -(-sequences.shape[1] // block_length)
-    rank = H._uniform((n_samples, blocks), sequences, generator).argsort(dim=1)
-    shift = (H._uniform((n_samples, 1), sequences, generator, torch.float64) + rank / blocks) % 1
-    u = (torch.arange(n_samples, device=sequences.device)[:, None] + shift) / n_samples
+    u = H.stratified_shares(n_samples, sequences.new_empty(blocks), generator)
     mask, weight = block_masks(u, maskable, block_length, generator=generator)  # each [K, B, L]
     rows, hidden = sequences.expand_as(mask).reshape(-1, L), mask.reshape(-1, L)
     pairs, nll = torch.stack((rows.masked_fill(hidden, mask_id), rows), dim=1), torch.zeros(rows.shape, device=rows.device)
@@ -249,94 +194,82 @@ def block_nelbo(
     return (weight * nll.view_as(mask)).sum(dim=-1).mean(dim=0).float()
 
 
+def by_place(strategy: Strategy, block_length: int, per_pass: int) -> Strategy:
+    """The strategy in blocks that begin where they do in training, from left to right, with at most `per_pass` masks a pass.
+
+    A block of `llada_helpers.blockwise` is so many masks, wherever they are; here prompts of every length will do. The schedule
+    is the strategy's own: with steps=1 `order` counts the passes. ValueError for a number < 1.
+
+    >>> def predict(ids):  # sure of 4, 5, 6, ..., and the surer the further right
+    ...     return (torch.eye(9)[4:] * torch.arange(1, 6)[:, None])[: ids.shape[1]].expand(len(ids), -1, -1)
+    >>> template, strategy = torch.tensor([[4, *[H.MASK_ID] * 3]]), by_place(H.low_confidence, 2, 1)
+    >>> made = H.reverse_process(predict, template, mask_id=H.MASK_ID, steps=1, remasking=strategy)
+    >>> made.ids.tolist(), made.order[:, 2:].tolist(), made.nfe
+    ([[4, 5, 6, 7]], [[2, 1]], 3)
+    """
+    _check_length(min(block_length, per_pass))
+
+    def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        block = torch.arange(masked.shape[1], device=masked.device) // block_length
+        opened = masked & (block == masked.long().argmax(dim=1, keepdim=True) // block_length)  # the first block with masks
+        return opened, opened.sum(dim=1).clamp(max=per_pass)
+
+    commit = functools.partial(strategy)
+    commit.schedule = schedule
+    return commit
+
+
 def cached_blocks(model: BlockDiffusion, mask_id: int = H.MASK_ID) -> MaskPredictor:
     """The model as a mask predictor that remembers keys and values of finished blocks. Unlike `decoding.cached` it is exact.
 
-    A pass covers the blocks from the first one that has a mask or other tokens than in the pass before. So a block's last tokens
-    are read in the first pass of the next one, and finishing it costs no pass of its own. Logits before that are 0: no sampler
-    looks at them.
-
-    Raises:
-        ValueError: a model in which later blocks change earlier ones.
+    A pass covers the blocks from the first one that has a mask or other tokens than in the pass before to the last that is being
+    filled, so a block's last tokens are read in the first pass of the next one. Logits are 0 elsewhere, where `by_place` fills
+    nothing. ValueError: a model in which later blocks change earlier ones.
 
     >>> model = block_diffusion(2)(H.ModelConfig(vocab_size=9, seq_len=6, n_layer=1, n_head=1, n_embd=8))
-    >>> template = torch.tensor([[4, 5, *[H.MASK_ID] * 4]])
-    >>> options = {"mask_id": H.MASK_ID, "block_length": 2, "steps_per_block": 1}
-    >>> generate_blocks(cached_blocks(model), template, **options).nfe
-    2
+    >>> cached_blocks(model)(torch.tensor([[4, 5, H.MASK_ID, 6, H.MASK_ID, 7]])).shape
+    torch.Size([1, 6, 9])
     """
     if not isinstance(model, BlockDiffusion):
         raise ValueError(f"finished blocks must stay as they are: pass a BlockDiffusion, not {type(model).__name__}")
-    seen = cache = None  # ids of the last pass, keys and values of all that it covered or took over
+    seen = cache = None  # the ids whose keys and values are kept, -1 where none are
 
     @H._inference
     def predict(ask: MaskPredictor, ids: Tensor) -> Tensor:
         nonlocal seen, cache
-        if seen is None or len(seen) != len(ids):
-            seen, cache = ids[:, :0], H.KVCache(model.config, len(ids), model.embed.weight)
-        known = min(seen.shape[1], ids.shape[1])
-        stale = ((ids[:, :known] != seen[:, :known]) | (ids[:, :known] == mask_id)).any(dim=0).nonzero()[:, 0].tolist()
-        first = min([*stale, known, ids.shape[1] - 1])
-        start = cache.length = first // model.block_length * model.block_length
-        logits = ask(ids[:, start:], cache=cache, start=start)
-        seen = ids.clone()
-        return F.pad(logits, (0, 0, start, 0))
+        if seen is None or seen.shape != ids.shape:
+            seen, cache = torch.full_like(ids, -1), H.KVCache(model.config, len(ids), model.embed.weight)
+        masked, length = ids == mask_id, model.block_length
+        start = int((masked | (ids != seen)).any(dim=0).long().argmax()) // length * length
+        last = masked.long().argmax(dim=1).masked_fill(~masked.any(dim=1), ids.shape[1] - 1).max()  # of the rows' first masks
+        stop, cache.length = min((int(last) // length + 1) * length, ids.shape[1]), start
+        logits = ask(ids[:, start:stop], cache=cache, start=start)
+        seen = F.pad(ids[:, :stop], (0, ids.shape[1] - stop), value=-1)
+        return F.pad(logits, (0, 0, start, ids.shape[1] - stop))
 
     return lambda ids: predict(model, ids)
 
 
-def generate_blocks(
-    model: MaskPredictor, template: Tensor, *, mask_id: int, block_length: int, steps_per_block: int, **options
-) -> H.Generation:
-    """Fill every [MASK] of the template LongTensor[B, L], block after block: each by `llada_helpers.reverse_process`.
+def write(model: H.Transformer, template: Tensor, per_pass: int, generator: torch.Generator | None = None) -> H.Generation:
+    """Fill templates LongTensor[B, L] at temperature 1, in random order inside a block, so many characters a pass; AR takes one.
 
-    Blocks are counted from the beginning of the sequence, as in training, so prompts of every length will do; a block that is
-    partly given has its other tokens filled. A blank in the middle is filled with what stands before it and in its own block:
-    later blocks are out of sight, even where they are given.
+    LLaDA is a model with a single block. AR and block diffusion keep keys and values.
 
-    Args:
-        model: our `BlockDiffusion`, `cached_blocks` of it, or any mask predictor; it is asked for the sequence up to the block's
-            end.
-        steps_per_block: passes for each block, fewer where it has fewer masks and the schedule wants nothing in some.
-        options: those of `reverse_process`: temperature, top_p, remasking, forbidden, generator.
-
-    Raises:
-        ValueError: block_length < 1, no [MASK], and what `reverse_process` refuses.
-
-    >>> def predict(ids):  # sure of 4, 5, 6, ..., and the surer the further right
-    ...     return (torch.eye(9)[4:] * torch.arange(1, 6)[:, None])[: ids.shape[1]].expand(len(ids), -1, -1)
-    >>> template = torch.tensor([[4, *[H.MASK_ID] * 3]])
-    >>> made = generate_blocks(predict, template, mask_id=H.MASK_ID, block_length=2, steps_per_block=2)
-    >>> made.ids.tolist(), made.order[:, 2:].tolist(), made.nfe
-    ([[4, 5, 6, 7]], [[3, 2]], 3)
+    >>> model = block_diffusion(4)(H.ModelConfig(vocab_size=9, seq_len=8, n_layer=1, n_head=1, n_embd=8))
+    >>> write(model, torch.tensor([[4, 5, *[H.MASK_ID] * 6]]), per_pass=4).nfe
+    2
     """
-    _check_length(block_length)
-    if template.ndim != 2 or not bool((template == mask_id).any()):
-        raise ValueError(f"template {tuple(template.shape)}: pass ids [B, L] with mask_id={mask_id} where tokens are wanted")
-    longest = getattr(getattr(model, "config", None), "seq_len", template.shape[1])
-    if template.shape[1] > longest:
-        raise ValueError(f"the template has {template.shape[1]} tokens, the model's seq_len is {longest}; pass a shorter one")
-    ids, order, nfe = template.clone(), torch.full_like(template, -1), 0
-    confidence = torch.ones(ids.shape, device=ids.device)
-    for block in range(0, ids.shape[1], block_length):
-        here = slice(block, block + block_length)
-        if not bool((ids[:, here] == mask_id).any()):
-            continue
-        made = H.reverse_process(model, ids[:, : here.stop], mask_id=mask_id, steps=steps_per_block, **options)
-        taken = made.order[:, here]
-        order[:, here] = torch.where(taken >= 0, taken + int(order.max()) + 1, -1)
-        ids[:, here], confidence[:, here], nfe = made.ids[:, here], made.confidence[:, here], nfe + made.nfe
-    return H.Generation(ids, order, nfe, confidence)
+    options, template = {"temperature": 1.0, "generator": generator}, template.to(model.head.weight.device)
+    if model.config.causal:
+        return quality.write(model, template, **options)
+    predict = cached_blocks(model) if isinstance(model, BlockDiffusion) else model
+    strategy = by_place(H.random_order(generator), getattr(model, "block_length", model.config.seq_len), per_pass)
+    options |= {"mask_id": H.MASK_ID, "forbidden": quality.SPECIAL, "steps": 1, "remasking": strategy}
+    return H.reverse_process(predict, template, **options)
 
 
 class BlockJob(H.Job):
-    """A training of block diffusion: `architecture` says the block length, and batches and validation follow from it.
-
-    >>> ids, shape = torch.arange(4, 10).repeat(10), H.ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8)
-    >>> job = BlockJob(shape, H.TrainConfig(steps=2, batch_size=2), ids, ids, architecture=block_diffusion(4))
-    >>> {key: job.settings()[key] for key in ("batch", "architecture")}
-    {'batch': 'block_batch_4_power_1.5', 'architecture': 'BlockDiffusion_4'}
-    """
+    """A training of block diffusion: `architecture` says the block length, and batches and validation follow from it."""
 
     @property
     def batch_function(self) -> Callable:
@@ -353,9 +286,8 @@ def block_jobs(
 ) -> dict[str, list[H.Job]]:
     """LLaDA in the first row, AR, and block diffusion for every L' below the window, of equal parameters; two seeds each.
 
-    A pass over both halves costs a little more than two (2.25 at 5 x 128 and a window of 128). So each L' is trained for half
-    the steps, at about the same compute; and those of `WHOLE` also for as many steps, on as many characters. L' = L has no clean
-    half, and is LLaDA with exactly l masks.
+    A pass over both halves costs a little more than two (2.25 in the preset `cpu`). So each L' is trained for half the steps, at
+    about the same compute; those of `WHOLE` also for as many steps. L' = L has no clean half: LLaDA with exactly l masks.
 
     >>> ids = torch.arange(4, 30)
     >>> jobs = block_jobs(H.PRESETS["smoke"], SIZES["smoke"][1][1], 30, ids, ids)
@@ -374,3 +306,45 @@ def block_jobs(
             row = f"L' = {length}{steps}"
             jobs[row] = [BlockJob(shape, c, *data, architecture=block_diffusion(length)) for c in configs]
     return jobs
+
+
+def settings(block_length: int) -> dict[int, str]:
+    """Characters a pass to try, and what a table calls them, by the passes that a whole block takes.
+
+    >>> settings(16)
+    {1: "L'", 2: "L'/2", 4: "L'/4", 16: '1'}
+    """
+    counts = {"1": block_length, "L'/4": min(4, block_length), "L'/2": min(2, block_length), "L'": 1}
+    return dict(sorted({count: name for name, count in counts.items()}.items()))
+
+
+def block_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
+    """What `run_jobs` adds to a row: L' (1 for AR, the window for LLaDA), nats per character of all validation text, scores.
+
+    A column such as "judge nats/char (L'/2)" is of texts that continue the prompts of `quality.prompts` with so many passes for
+    each block (see `settings`); "passes" are those of a whole text.
+
+    >>> text = "to be, or not to be " * 40
+    >>> tokenizer, kind = H.CharTokenizer.from_text(text), block_diffusion(4)
+    >>> shape = H.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8)
+    >>> job = BlockJob(shape, H.TrainConfig(1, 2), *quality.parts(tokenizer.encode(text))[:2], architecture=kind)
+    >>> row = block_measure(H.PRESETS["smoke"], text)(job, H.Run(kind(shape), None, {}, None))
+    >>> row["block length"], round(row["nats/char"], 2), [row[f"passes ({name})"] for name in settings(4).values()]  # ln 12
+    (4, 2.48, [48, 24, 12])
+    """
+    tokenizer = H.CharTokenizer.from_text(text)
+    train_ids, val_ids, _ = quality.parts(tokenizer.encode(text))
+    scores = quality.TextMeasure(tokenizer, text[: len(train_ids)])
+
+    def measure(job: H.Job, run: H.Run) -> dict:
+        windows = H.windows(val_ids, job.model.seq_len)
+        mean, interval = H.per_character(job.validation_nats(run.model, windows), H.real_tokens(windows).sum(dim=1))
+        length = 1 if job.model.causal else getattr(job.architecture, "block_length", job.model.seq_len)
+        line = {"block length": length, "nats/char": mean, "95% ±": interval}
+        for per_pass, name in settings(length).items():
+            made = write(run.model, quality.prompts(windows, preset.texts)[1], per_pass, torch.Generator().manual_seed(0))
+            found = {"passes": made.nfe} | scores(made.ids)
+            line |= {f"{key} ({name})": x for key, x in found.items() if key.removesuffix(" ±") in SCORES}
+        return line
+
+    return measure

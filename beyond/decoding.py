@@ -11,8 +11,6 @@ Tokens committed in one pass are drawn from the product of their marginals. What
     KL(joint || product) = sum_i H(x_i | visible) - H(x_1, ..., x_k | visible),
 
 and among characters most of it lies between neighbours: `bit_reversed` and `spaced` spread what one pass commits over the text.
-Neither `bit_reversed` nor `spaced` by entropy looks at what was drawn: one by one, with an exact predictor, they draw from the
-true distribution.
 """
 
 import math
@@ -28,8 +26,8 @@ from llada_helpers import MaskPredictor, Strategy
 
 @H._inference
 def _guided(model: MaskPredictor, ids: Tensor, given: Tensor, w: float) -> Tensor:
-    if given.dtype != torch.bool or given.ndim != 2 or len(given) not in (1, len(ids)) or given.shape[1] != ids.shape[1]:
-        raise ValueError(f"given is {given.dtype} {tuple(given.shape)}; pass bool [1, {ids.shape[1]}] or {tuple(ids.shape)}")
+    wrong = given.dtype != torch.bool or given.shape not in ((1, ids.shape[1]), ids.shape)
+    H._refuse(wrong, f"given is {given.dtype} {tuple(given.shape)}; pass bool [1, {ids.shape[1]}] or {tuple(ids.shape)}")
     conditional, unconditional = model(torch.cat((ids, ids.masked_fill(given.to(ids.device), H.MASK_ID)))).chunk(2)
     logits = unconditional + (w + 1) * (conditional - unconditional)
     return logits.masked_fill(conditional.isneginf(), -math.inf)  # -inf - -inf would be NaN
@@ -39,42 +37,26 @@ def guided(model: MaskPredictor, given: Tensor | Callable[[Tensor], Tensor], w: 
     """The mask predictor with classifier-free guidance of strength w >= 0 (Eq. 16); w = 0 is the model itself.
 
     Each call makes one pass of twice the rows: the unconditional half sees [MASK] wherever `given` is true. What the
-    conditional half holds impossible (-inf) stays so. Pass ids on the model's device: a caller cannot see where it is.
-
-    Args:
-        given: BoolTensor[B, L], or [1, L] for all rows alike, as the likelihoods need it, which repeat rows; or a function from
-            ids [B, L] to such a tensor, where L changes, as in `choose` with options of several lengths.
-
-    Raises:
-        ValueError: w negative or not finite, or `given` with other rows or columns than the ids (when these come).
+    conditional half holds impossible (-inf) stays so. `given`: BoolTensor[B, L], or [1, L] for all rows alike, or a function from
+    ids [B, L] to such a tensor, where L changes. ValueError: w negative or not finite, `given` of another shape than the ids.
 
     >>> def model(ids):  # favours 4 by 1 nat, and by 1 nat more where position 0 is seen
     ...     return torch.eye(8)[4] * (1.0 + (ids[:, :1, None] != H.MASK_ID)).expand(*ids.shape, 1)
     >>> ids = torch.tensor([[7, H.MASK_ID]])
     >>> [guided(model, ids != H.MASK_ID, w)(ids)[0, 1, 4].item() for w in (0.0, 1.0, 2.0)]
     [2.0, 3.0, 4.0]
-    >>> guided(model, lambda ids: torch.arange(ids.shape[1])[None] < 1, 1.0)(ids)[0, 1, 4].item()
-    3.0
     """
-    if not 0 <= w < math.inf:
-        raise ValueError(f"w={w}: pass a strength of guidance >= 0; 0 is none")
+    H._refuse(not 0 <= w < math.inf, f"w={w}: pass a strength of guidance >= 0; 0 is none")
     return model if w == 0 else lambda ids: _guided(model, ids, given(ids) if callable(given) else given, w)
 
 
 def cached(model: H.Transformer, template: Tensor, mask_id: int, block_length: int) -> MaskPredictor:
-    """The Transformer as a predictor that remembers, for `reverse_process` with this template and block length.
+    """The Transformer as a predictor that remembers, for `reverse_process` with this template [B, L] and block length.
 
     The first pass of a block covers everything. Its further passes compute the block's columns alone, with the keys and values
-    of all else from that first pass (dual cache of Fast-dLLM, Wu et al. 2025, arXiv:2505.22618): several times faster, and an
-    approximation, exact where a block takes one pass or nothing lies outside it. Which block is being filled shows in the ids;
-    wherever they differ outside it from those of the last full pass, there is another one.
-
-    Args:
-        template: LongTensor[B, L], the sequences to be filled.
-        block_length: masks per block, as in `reverse_process`.
-
-    Raises:
-        ValueError: not our own Transformer, whose keys and values are needed; block_length < 1; ids of another shape.
+    of all else from that first pass (dual cache of Fast-dLLM, Wu et al. 2025, arXiv:2505.22618): an approximation, exact where a
+    block takes one pass or nothing lies outside it. Wherever ids differ outside it from those of the last full pass, there is
+    another one. ValueError: a model without our Transformer's keys and values; block_length < 1; ids of another shape.
 
     >>> model = H.Transformer(H.ModelConfig(vocab_size=9, seq_len=6, n_layer=1, n_head=1, n_embd=8))
     >>> template = torch.tensor([[4, 5, *[H.MASK_ID] * 4]])
@@ -82,10 +64,8 @@ def cached(model: H.Transformer, template: Tensor, mask_id: int, block_length: i
     >>> H.reverse_process(cached(model, template, **blocks), template, steps=4, **blocks).nfe
     4
     """
-    if not isinstance(model, H.Transformer):
-        raise ValueError(f"cached needs the keys and values of our own Transformer: pass one, not {type(model).__name__}")
-    if block_length < 1:
-        raise ValueError(f"block_length={block_length}: pass a positive number of masks")
+    H._refuse(not isinstance(model, H.Transformer), f"pass a Transformer of ours, not {type(model).__name__}")
+    H._refuse(block_length < 1, f"block_length={block_length}: pass a positive number of masks")
     masked = template == mask_id
     block_of = torch.where(masked, (masked.cumsum(dim=1) - 1) // block_length, -1)
     seen = cache = logits = None  # ids, keys and values of the last full pass; the logits, kept up to date
@@ -93,13 +73,11 @@ def cached(model: H.Transformer, template: Tensor, mask_id: int, block_length: i
     @H._inference
     def predict(ask: MaskPredictor, ids: Tensor) -> Tensor:
         nonlocal seen, cache, logits
-        if ids.shape != template.shape:
-            raise ValueError(f"ids have shape {tuple(ids.shape)}; pass {tuple(template.shape)}, as in the template")
+        H._refuse(ids.shape != template.shape, f"ids {tuple(ids.shape)}: pass {tuple(template.shape)}, as in the template")
         waiting = ids == mask_id
         blocks = block_of.to(ids.device)
         inside = blocks == blocks.masked_fill(~waiting, ids.shape[1]).min()
-        begins = seen is None or bool((waiting | ~inside).all()) or not torch.equal(ids[~inside], seen[~inside])
-        if begins:
+        if seen is None or bool((waiting | ~inside).all()) or not torch.equal(ids[~inside], seen[~inside]):
             seen, cache = ids.clone(), H.KVCache(model.config, len(ids), model.embed.weight)
             logits = ask(ids, cache=cache)
         else:
@@ -123,8 +101,7 @@ def threshold(p: float) -> Strategy:
     >>> threshold(0.7)(probs.argmax(dim=-1), probs, masked, count=masked.sum(dim=1)).tolist()
     [[True, False, False], [True, False, False]]
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p={p}: pass a probability in [0, 1]")
+    H._refuse(not 0 <= p <= 1, f"p={p}: pass a probability in [0, 1]")
 
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         chosen = probs.gather(-1, tokens[..., None])[..., 0]
@@ -144,8 +121,7 @@ def entropy_bound(nats: float) -> Strategy:
     >>> [entropy_bound(nats)(tokens, probs, masked, count=torch.tensor([3]))[0].tolist() for nats in (0.0, 0.4)]
     [[False, True, True], [True, True, True]]
     """
-    if not nats >= 0:
-        raise ValueError(f"nats={nats}: pass a bound >= 0")
+    H._refuse(not nats >= 0, f"nats={nats}: pass a bound >= 0")
 
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         entropy = torch.special.entr(probs).sum(dim=-1)
@@ -160,14 +136,8 @@ def late(strategy: Strategy | str, ids: tuple[int, ...]) -> Strategy:
     """The strategy, but the proposals in `ids` wait until the other ones are committed, then come by their probability.
 
     [END] would otherwise be locked in early and cut the text short (LLaDA, appendix B.4). They come as the schedule wants
-    them: with as many steps as masks, one a pass.
-
-    Args:
-        strategy: a function, `H.random_order(generator)` for instance, or "low_confidence", "entropy", "margin".
-        ids: token ids, [END]'s for instance.
-
-    Raises:
-        ValueError: a name that is not one of the three.
+    them: with as many steps as masks, one a pass. `strategy`: a function, or "low_confidence", "entropy", "margin", else
+    ValueError.
 
     >>> probs = torch.tensor([[[0.2, 0.8], [0.6, 0.4], [0.9, 0.1]]])
     >>> tokens, masked = probs.argmax(dim=-1), torch.ones(1, 3, dtype=torch.bool)
@@ -175,9 +145,8 @@ def late(strategy: Strategy | str, ids: tuple[int, ...]) -> Strategy:
     [[True, False, False], [True, False, True]]
     """
     known = {f.__name__: f for f in (H.low_confidence, H.entropy, H.margin)}
-    if not callable(strategy) and strategy not in known:
-        raise ValueError(f"strategy={strategy!r}: pass one of {', '.join(known)}, or a function, as random_order makes one")
     strategy = known.get(strategy, strategy)
+    H._refuse(not callable(strategy), f"strategy={strategy!r}: pass one of {', '.join(known)}, or a function")
     last = torch.tensor(sorted(ids), dtype=torch.long)
 
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
@@ -193,9 +162,8 @@ def late(strategy: Strategy | str, ids: tuple[int, ...]) -> Strategy:
 def bit_reversed(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     """Strategy: commit positions in van der Corput's order, halfway between those before; the model is not asked.
 
-    A position's rank is its number with the bits reversed (van der Corput 1935), as many bits as the last one needs. Whenever
-    all of a lower rank are filled, the gaps between them differ at most by a factor of two. The number is that of the place in
-    the sequence, not among the masks left, so that the order is one and the same in every pass.
+    A position's rank is its number with the bits reversed (van der Corput 1935), as many bits as the last one needs. At any
+    moment the gaps between what is filled differ at most by a factor of two.
 
     >>> masked, probs = torch.ones(1, 8, dtype=torch.bool), torch.full((1, 8, 2), 0.5)
     >>> [bit_reversed(masked.long(), probs, masked, torch.tensor([n]))[0].long().tolist() for n in (1, 2, 3)]
@@ -210,20 +178,16 @@ def bit_reversed(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -
 def spaced(distance: int, by: Strategy = H.entropy) -> Strategy:
     """The strategy `by`, asked for one position after the other, each at least `distance` from the others of the same pass.
 
-    Where no mask is that far from them, `by` chooses among the farthest: exactly as many are committed as the schedule wants,
-    so that spacing costs no pass. distance=1 is `by` itself, and so is one token a pass. A distance beyond the length of the
-    sequence is farthest-first traversal (Gonzalez 1985): no two are nearer than half of what is possible for so many.
-
-    Raises:
-        ValueError: distance < 1.
+    Where no mask is that far from them, `by` chooses among the farthest, so that spacing costs no pass. distance=1 is `by`, and
+    so is one token a pass. A distance beyond the sequence's length is farthest-first traversal (Gonzalez 1985): no two are nearer
+    than half of what is possible for so many. ValueError: distance < 1.
 
     >>> probs = torch.tensor([[[1.0, 0.0], [0.99, 0.01], [0.7, 0.3], [0.9, 0.1], [0.5, 0.5]]])
     >>> tokens, masked = probs.argmax(dim=-1), torch.ones(1, 5, dtype=torch.bool)
     >>> [spaced(d)(tokens, probs, masked, torch.tensor([2]))[0].long().tolist() for d in (1, 2, 9)]
     [[1, 1, 0, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 1]]
     """
-    if distance < 1:
-        raise ValueError(f"distance={distance}: pass at least 1, which is no restriction")
+    H._refuse(distance < 1, f"distance={distance}: pass at least 1, which is no restriction")
 
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         place, chosen = torch.arange(masked.shape[1], device=masked.device), torch.zeros_like(masked)
@@ -278,14 +242,9 @@ def revise(
 ) -> Revised:
     """So many further passes, each of which takes back a row's least certain tokens and decides them anew, all others in sight.
 
-    In the spirit of ReMDM (Wang et al. 2025, arXiv:2503.00307). What was given is not touched.
-
-    Args:
-        made: what `reverse_process` returned; certainty is its `confidence`, updated as tokens are redone.
-        per_pass: tokens taken back in each row; default as many as a step of `made` committed, rounded up.
-
-    Raises:
-        ValueError: fewer than 1 pass or 1 token per pass; temperature, top_p, forbidden as in `reverse_process`.
+    In the spirit of ReMDM (Wang et al. 2025, arXiv:2503.00307). Certainty is `confidence`, updated as tokens are redone; what was
+    given is not touched. `per_pass` tokens are taken back in each row, by default as many as a step of `made` committed, rounded
+    up. ValueError: fewer than 1 pass or 1 token per pass, and what `reverse_process` refuses.
 
     >>> def model(ids):  # knows position 1 only where position 0 is seen
     ...     return torch.stack((9 * torch.eye(8)[4].expand(len(ids), -1), (ids[:, :1] == 4) * 9 * torch.eye(8)[5]), dim=1)
@@ -296,8 +255,7 @@ def revise(
     """
     committed, steps = made.order >= 0, made.steps()[-1] + 1
     per_pass = -(-int(committed.sum(dim=1).max()) // steps) if per_pass is None else per_pass
-    if passes < 1 or per_pass < 1:
-        raise ValueError(f"passes={passes}, per_pass={per_pass}: pass at least 1 of each")
+    H._refuse(min(passes, per_pass) < 1, f"passes={passes}, per_pass={per_pass}: pass at least 1 of each")
     options = {"temperature": temperature, "top_p": top_p, "forbidden": forbidden, "generator": generator}
     ids, order, confidence, states = made.ids, made.order, made.confidence, []
     for step in range(steps, steps + passes):

@@ -2,64 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import os
 from pathlib import Path
 
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
 
 import llada_helpers as H
 
 PAPER, EDGE, GREY, BAR = "#FFFDF8", "#B8B8B8", "#444444", "#E4E4E4"
-MONO = "DejaVu Sans Mono"
 ROW, MARGIN, TOP = 42, 36, 112  # pixels: a line of text, the margin, where the text begins
 Pages = list[list[list[tuple[str, int]]]]  # what `pages` of the helper makes of a generation
 
 
 @functools.cache
-def font(size: int, weight: str = "normal", family: str = MONO) -> ImageFont.FreeTypeFont:
-    """By default the typewriter font that comes with matplotlib, so that a film looks alike on every machine.
+def font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    """The typewriter font that comes with matplotlib, for films that look alike everywhere; it has boxes for other scripts.
 
     >>> font(30).getlength("m") == font(30).getlength("i")
     True
     """
-    return ImageFont.truetype(findfont(FontProperties(family=family, weight=weight)), size)
-
-
-@functools.cache
-def families(text: str) -> dict[str, str]:
-    """An installed font family for each character of `text`, matplotlib's typewriter where it can; what no font has is left out.
-
-    >>> families("né"), families("\uffff")
-    ({'n': 'DejaVu Sans Mono', 'é': 'DejaVu Sans Mono'}, {})
-    """
-    found: dict[str, str] = {}
-    for candidate in sorted(fontManager.ttflist, key=lambda font: (font.name != MONO, font.name)):
-        missing = [c for c in text if c not in found]
-        if missing and "Last Resort" not in candidate.name:  # which has a box for everything
-            with contextlib.suppress(OSError, RuntimeError):  # a font that was there once
-                known = get_font(candidate.fname).get_charmap()
-                found |= {c: candidate.name for c in missing if ord(c) in known}
-    return found
-
-
-def draw_glyph(draw: ImageDraw.ImageDraw, place: tuple[int, int], glyph: str, weight: str, cell: int) -> None:
-    """A character in a font that has it, small enough for its cell; nothing for what is not printable.
-
-    >>> image = Image.new("L", (30, 40))
-    >>> draw_glyph(ImageDraw.Draw(image), (0, 0), "\t", "bold", 18)
-    >>> image.getextrema()
-    (0, 0)
-    """
-    if glyph.isprintable():
-        family = families(glyph).get(glyph, MONO)
-        face = font(30, weight if family == MONO else "normal", family)
-        if (length := face.getlength(glyph)) > cell + 1:
-            face = font(int(30 * cell / length), "normal", family)
-        draw.text(place, glyph, fill="black", font=face)
+    return ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans Mono", weight=weight)), size)
 
 
 def draw_page(draw: ImageDraw.ImageDraw, left: int, name: str, pages: Pages, k: int, width: int) -> None:
@@ -87,8 +52,8 @@ def draw_page(draw: ImageDraw.ImageDraw, left: int, name: str, pages: Pages, k: 
                 draw.rectangle((x0, y0, x0 + cell - 2, y0 + ROW - 6), fill=(H.MASK_FACE, H.NEW_FACE)[state])
             if state == 1:
                 draw.line((x0, y0 + ROW - 7, x0 + cell - 2, y0 + ROW - 7), fill="black", width=3)
-            if state > 0:
-                draw_glyph(draw, (x0, y0), glyph, "bold" if state == 1 else "normal", cell)
+            if state > 0 and glyph.isprintable():
+                draw.text((x0, y0), glyph, fill="black", font=bold if state == 1 else plain)
 
 
 def draw_frame(columns: dict[str, Pages], k: int, width: int) -> Image.Image:
@@ -117,13 +82,9 @@ def save_gif(
     width: int = 40,
     milliseconds: int = 120,
 ) -> list[Image.Image]:
-    """Write a GIF, a frame per forward pass and a pause at the end; returns the frames.
+    """Write a GIF, a frame per forward pass and a pause at the end, of lines of `width` characters; returns the frames.
 
-    Where no installed font has some character of the text, it is one frame with a sentence that says so.
-
-    Args:
-        film: a generation, or several by name, side by side; who has finished waits for the others. First rows only.
-        width: characters per line.
+    `film`: a generation, or several by name, side by side; who has finished waits for the others. First rows only.
 
     >>> import tempfile, torch
     >>> made = H.Generation(torch.tensor([[4, 5, 6]]), torch.tensor([[-1, 1, 0]]), nfe=2)
@@ -134,14 +95,7 @@ def save_gif(
     """
     films = film if isinstance(film, dict) else {"": film}
     columns = {name: H.pages(made, tokenizer, width) for name, made in films.items()}
-    letters = {c for pages in columns.values() for page in pages for line in page for glyph, _ in line for c in glyph}
-    if lacking := sum(c.isprintable() and not families(c) for c in letters):
-        notice = Image.new("RGB", (1300, 80), PAPER)
-        said = f"No installed font has {lacking} of the characters of this text; install one that does, such as Noto Sans CJK."
-        ImageDraw.Draw(notice).text((MARGIN, 26), said, fill=GREY, font=font(20))
-        images = [notice]
-    else:
-        images = [draw_frame(columns, k, width) for k in range(max(map(len, columns.values())))]
+    images = [draw_frame(columns, k, width) for k in range(max(map(len, columns.values())))]
     palette = images[len(images) // 2].quantize(48)  # one for all, so that only what changes is stored
     images = [image.quantize(palette=palette, dither=0) for image in images]
     pauses, file = [800, *[milliseconds] * (len(images) - 2), 4000], io.BytesIO()

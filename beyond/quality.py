@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
-from beyond.likelihood import low_noise_nelbo
 
 TEXTS = {"smoke": 16, "cpu": 40, "cpu_long": 40, "gpu": 40}  # per decoder, a multiple of H.GROUPS
 PREFIX = 16  # characters of real text to go on from
@@ -113,48 +112,13 @@ class TextMeasure:
         self.copies = set(H.runs_of(train_text))
         self.words = {word.lower() for word in H.WORD.findall(train_text)}
 
-    def by_group(self, sequences: Tensor) -> list[dict[str, float]]:
-        """The scores that need no model, of each of H.GROUPS groups of sequences LongTensor[B, L]."""
+    def __call__(self, sequences: Tensor) -> dict[str, float]:
+        """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
         scores = []
         for group in sequences.chunk(H.GROUPS):
             whole = [self.tokenizer.decode(ids) for ids in group]
             scores.append({"judge nats/char": np.mean([self.judge(text, PREFIX) for text in whole])})
             scores[-1] |= H.text_metrics([text[PREFIX:] for text in whole], self.copies, self.words)
-        return scores
-
-    def __call__(self, sequences: Tensor) -> dict[str, float]:
-        """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
-        return H.grouped(self.by_group(sequences))
-
-
-class Measure(TextMeasure):
-    """The scores of `TextMeasure`, and what continuations cost under the contestants.
-
-    "nats/char under AR" is exact, "under LLaDA" a bound.
-
-    >>> text = "to be or not to be " * 20
-    >>> tokenizer = H.CharTokenizer.from_text(text)
-    >>> shape = {"vocab_size": tokenizer.vocab_size, "seq_len": 38, "n_layer": 1, "n_head": 1, "n_embd": 8}
-    >>> models = {name: H.Transformer(H.ModelConfig(causal=name == "AR", **shape)) for name in ("LLaDA", "AR")}
-    >>> scores = Measure(models, tokenizer, text)(H.windows(tokenizer.encode(text), 38)[:8])
-    >>> [round(float(scores[x]), 3) for x in ("known words", "nats/char under AR")]  # AR, fresh, is blank: ln 11
-    [1.0, 2.398]
-    """
-
-    def __init__(self, models: dict, tokenizer: H.CharTokenizer, train_text: str):
-        super().__init__(tokenizer, train_text)
-        self.models = models
-
-    def __call__(self, sequences: Tensor) -> dict[str, float]:
-        """All scores of sequences LongTensor[B, L], the first PREFIX characters of which were given."""
-        free = (torch.arange(sequences.shape[1], device=sequences.device) >= PREFIX).expand_as(sequences)
-        options = {"n_samples": 4, "maskable": free, "generator": torch.Generator().manual_seed(0)}
-        nats = {"AR": H.ar_nll(self.models["AR"], sequences, H.START_ID, counted=free)}
-        nats["LLaDA"] = low_noise_nelbo(self.models["LLaDA"], sequences, H.MASK_ID, **options)
-        scores, length = self.by_group(sequences), sequences.shape[1] - PREFIX
-        for name, x in nats.items():
-            for group, part in zip(scores, x.chunk(H.GROUPS)):
-                group[f"nats/char under {name}"] = part.mean().item() / length
         return H.grouped(scores)
 
     def trial(self, write: Callable[[], H.Generation]) -> dict[str, float]:

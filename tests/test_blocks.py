@@ -1,9 +1,12 @@
-"""beyond/blocks.py against enumeration: the bound, its training batches, who sees whom, the sampler and its exact cache."""
+"""beyond/blocks.py against enumeration: the bound, batches, who sees whom, the sampler and its exact cache; the suite."""
 
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +15,8 @@ from oracle import MASK, PAD, START, ChiSquare, ExactAR, ExactPredictor, WrongPr
 
 import llada_helpers as h
 from beyond import blocks as b
+from beyond import quality
+from beyond.experiments import main, suite
 
 EXACT = ExactPredictor(length=4, symbols=2, seed=2)
 WRONG = WrongPredictor(EXACT.vocab_size, seed=4)
@@ -35,6 +40,21 @@ def ids_of(*shape, seed=1):
 
 def close(one, other):
     return torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
+def by_blocks(model, block_length):
+    """Any mask predictor as a block predictor: a pass for each block, the clean ones before it, [MASK] for all after it."""
+
+    @torch.no_grad()
+    def predict(pairs):
+        (noisy, clean), logits = pairs.unbind(dim=1), []
+        for start in range(0, noisy.shape[1], block_length):
+            here, later = noisy[:, start : start + block_length], noisy[:, start + block_length :]
+            ids = torch.cat((clean[:, :start], here, torch.full_like(later, MASK)), dim=1)
+            logits.append(model(ids)[:, start : start + block_length])
+        return torch.cat(logits, dim=1)
+
+    return predict
 
 
 def enumerated_blocks(predict, sequence, block_length, maskable=None):
@@ -101,7 +121,7 @@ def test_one_pass_over_both_halves_is_a_pass_for_each_block(length, block_length
     pairs = torch.stack((noisy, clean), dim=1)
     real = clean != PAD
     assert model(pairs).isfinite().all()
-    assert close(model(pairs)[real], b.by_blocks(model, block_length)(pairs)[real])
+    assert close(model(pairs)[real], by_blocks(model, block_length)(pairs)[real])
 
 
 @torch.no_grad()
@@ -135,10 +155,10 @@ def test_every_parameter_can_learn():
 def test_blocks_of_one_have_the_exact_value_of_ar(k):
     """Without noise, whatever the seed and the samples: -log p for the exact predictor, a wrong one's chain of conditionals."""
     row = EXACT.sequences[k][None]
-    value = b.block_nelbo(b.by_blocks(EXACT, 1), row, MASK, block_length=1, n_samples=1, generator=seeded(k))
+    value = b.block_nelbo(by_blocks(EXACT, 1), row, MASK, block_length=1, n_samples=1, generator=seeded(k))
     assert float(value) == pytest.approx(-float(EXACT.logp[k]), abs=1e-5)
     assert float(value) == pytest.approx(float(h.ar_nll(ExactAR(EXACT), row, START)), abs=1e-5)
-    chain = [b.block_nelbo(b.by_blocks(WRONG, 1), row, MASK, block_length=1, n_samples=n, generator=seeded(n)) for n in (1, 2, 5)]
+    chain = [b.block_nelbo(by_blocks(WRONG, 1), row, MASK, block_length=1, n_samples=n, generator=seeded(n)) for n in (1, 2, 5)]
     expected = enumerated_blocks(WRONG, row[0], 1)
     assert [float(c) for c in chain] == pytest.approx([expected] * 3, abs=1e-4)
 
@@ -147,7 +167,7 @@ def test_blocks_of_one_have_the_exact_value_of_ar(k):
 @pytest.mark.parametrize("block_length", [1, 2, 3, 4, 7])
 def test_the_mean_is_exact_for_the_exact_predictor(block_length, n_samples):
     """For every L', also one that does not divide the length or exceeds it."""
-    k, predict = 5, b.by_blocks(EXACT, block_length)
+    k, predict = 5, by_blocks(EXACT, block_length)
     row, options = EXACT.sequences[k][None].expand(50, -1), {"block_length": block_length, "n_samples": n_samples}
     means = [float(b.block_nelbo(predict, row, MASK, generator=seeded(s), **options).mean()) for s in range(30)]
     assert within(means, -float(EXACT.logp[k]))
@@ -156,9 +176,9 @@ def test_the_mean_is_exact_for_the_exact_predictor(block_length, n_samples):
 @pytest.mark.parametrize("n_samples", [1, 3])
 @pytest.mark.parametrize("block_length", [1, 2, 3, 4])
 def test_the_mean_of_every_row_is_the_enumerated_value_for_a_wrong_predictor(block_length, n_samples):
-    rows, predict = EXACT.sequences[[0, 6, 13]], b.by_blocks(WRONG, block_length)
+    rows, predict = EXACT.sequences[[0, 6, 13]], by_blocks(WRONG, block_length)
     options = {"block_length": block_length, "n_samples": n_samples}
-    runs = torch.stack([b.block_nelbo(predict, rows, MASK, generator=seeded(s), **options) for s in range(400)])
+    runs = torch.stack([b.block_nelbo(predict, rows, MASK, generator=seeded(s), **options) for s in range(200)])
     for column, row in zip(runs.T, rows):
         assert within(column, enumerated_blocks(WRONG, row, block_length))
 
@@ -169,7 +189,7 @@ def test_as_many_samples_as_tokens_take_each_count_once():
 
     def predict(pairs):
         seen.append((pairs[:, 0] == MASK).view(-1, 2, 2).sum(dim=-1))
-        return b.by_blocks(EXACT, 2)(pairs)
+        return by_blocks(EXACT, 2)(pairs)
 
     b.block_nelbo(predict, EXACT.sequences[:3], MASK, block_length=2, n_samples=2, generator=seeded(0))
     assert torch.equal(torch.cat(seen).view(2, 3, 2).sort(dim=0).values, torch.tensor([1, 2])[:, None, None].expand(2, 3, 2))
@@ -179,10 +199,10 @@ def test_what_is_not_maskable_stays_visible_and_is_not_scored():
     row, maskable = EXACT.sequences[9], torch.tensor([False, True, True, False])
     options = {"block_length": 2, "n_samples": 2, "maskable": maskable[None]}
     expected = enumerated_blocks(WRONG, row, 2, maskable)
-    value = b.block_nelbo(b.by_blocks(WRONG, 2), row[None], MASK, generator=seeded(0), **options)
+    value = b.block_nelbo(by_blocks(WRONG, 2), row[None], MASK, generator=seeded(0), **options)
     assert float(value) == pytest.approx(expected, abs=1e-4), "one token in each block: nothing is left to chance"
     nothing = {**options, "maskable": torch.zeros(1, 4, dtype=torch.bool)}
-    assert float(b.block_nelbo(b.by_blocks(WRONG, 2), row[None], MASK, **nothing)) == 0
+    assert float(b.block_nelbo(by_blocks(WRONG, 2), row[None], MASK, **nothing)) == 0
 
 
 def test_a_longer_batch_is_scored_in_parts():
@@ -191,7 +211,7 @@ def test_a_longer_batch_is_scored_in_parts():
 
     def predict(pairs):
         sizes.append(len(pairs))
-        return b.by_blocks(EXACT, 1)(pairs)
+        return by_blocks(EXACT, 1)(pairs)
 
     rows = EXACT.sequences.repeat(200, 1)
     value = b.block_nelbo(predict, rows, MASK, block_length=1, n_samples=1)
@@ -205,15 +225,15 @@ def test_a_longer_batch_is_scored_in_parts():
 @pytest.mark.parametrize("block_length", [1, 2, 3, 4])
 def test_the_loss_has_the_bound_as_its_expectation(block_length, size):
     """Per learned token, for a predictor that is wrong, so that wrong weights or times would be seen."""
-    row, predict = EXACT.sequences[6], b.by_blocks(WRONG, block_length)
+    row, predict = EXACT.sequences[6], by_blocks(WRONG, block_length)
     rows = row.expand(size, -1)
-    losses = [h.weighted_nll(predict, *b.block_batch(block_length)(rows, seeded(s), rows > 0)) for s in range(1200)]
+    losses = [h.weighted_nll(predict, *b.block_batch(block_length)(rows, seeded(s), rows > 0)) for s in range(400)]
     assert within(torch.stack(losses), enumerated_blocks(WRONG, row, block_length) / 4)
 
 
 def test_blocks_of_one_have_the_loss_of_ar():
     """Whatever the seed."""
-    rows, predict = EXACT.sequences[[1, 6, 13]], b.by_blocks(EXACT, 1)
+    rows, predict = EXACT.sequences[[1, 6, 13]], by_blocks(EXACT, 1)
     losses = [float(h.weighted_nll(predict, *b.block_batch(1)(rows, seeded(s), rows > 0))) for s in range(5)]
     assert losses == pytest.approx([float(h.next_token_loss(ExactAR(EXACT), rows, START))] * 5, abs=1e-5)
 
@@ -222,7 +242,7 @@ def test_blocks_of_one_have_the_loss_of_ar():
 def test_every_block_has_every_count_as_often_as_the_power_wants(place):
     """The times are shared out at random: neither the first row nor the first block has the large ones."""
     rows, counts = torch.full((2, 12), 5), []
-    for seed in range(2000):
+    for seed in range(1000):
         pairs, _, _ = b.block_batch(4)(rows, seeded(seed), rows > 0)
         counts.append(int((pairs[place[0], 0] == MASK).view(3, 4).sum(dim=1)[place[1]]))
     edges = (torch.arange(5) / 4).double() ** (1 / h.POWER)
@@ -270,84 +290,101 @@ def test_names_tell_lengths_and_power_apart(monkeypatch):
 # --- the sampler ---
 
 
-@pytest.mark.parametrize("remasking", ["low_confidence", "random", "ancestral"])
-@pytest.mark.parametrize("prompt", [0, 1, 4, 5])
+def filled(model, template, block_length, per_pass, strategy=h.low_confidence, **options):
+    options = {"mask_id": MASK, "steps": 1, **options}
+    return h.reverse_process(model, template, remasking=b.by_place(strategy, block_length, per_pass), **options)
+
+
+@pytest.mark.parametrize("strategy", ["low_confidence", "random"])
+@pytest.mark.parametrize("prompt", [0, 1, 5])
 @pytest.mark.parametrize("block_length", [1, 2, 4, 8])
-def test_cached_and_uncached_sampling_give_the_same_tokens(block_length, prompt, remasking):
+def test_cached_and_uncached_sampling_give_the_same_tokens(block_length, prompt, strategy):
     """Whatever the length of the prompt, for one row and for several; the cached one looks at each finished block once."""
     model = model_of(block_length)
     looked_at = []
     model.embed.register_forward_hook(lambda module, given, out: looked_at.append(out.shape[1]))
     for rows in (1, 3):
-        template = torch.cat((ids_of(rows, prompt), torch.full((rows, 8 - prompt), MASK)), dim=1)
-        options = {"mask_id": MASK, "block_length": block_length, "steps_per_block": min(2, block_length), "temperature": 1.0}
-        options |= {"remasking": remasking, "forbidden": SPECIAL}
-        plain = b.generate_blocks(model, template, generator=seeded(7), **options)
-        looked_at.clear()
-        kept = b.generate_blocks(b.cached_blocks(model), template, generator=seeded(7), **options)
+        template, made = torch.cat((ids_of(rows, prompt), torch.full((rows, 8 - prompt), MASK)), dim=1), []
+        for predict in (model, b.cached_blocks(model)):
+            looked_at.clear()
+            generator = seeded(7)
+            options = {"temperature": 1.0, "forbidden": SPECIAL, "generator": generator}
+            order = h.random_order(generator) if strategy == "random" else h.low_confidence
+            made.append(filled(predict, template, block_length, 2, order, **options))
+        plain, kept = made
         assert torch.equal(plain.ids, kept.ids) and torch.equal(plain.order, kept.order) and plain.nfe == kept.nfe
         assert close(plain.confidence, kept.confidence) and len(looked_at) == kept.nfe
         assert max(looked_at[1:], default=0) <= 2 * block_length, "the finished block and the next one"
 
 
 @torch.no_grad()
-def test_the_cache_is_exact_for_whatever_it_is_asked():
-    """Templates that grow, shrink, change inside finished blocks, gain and lose rows or masks, [PAD] among them."""
+def test_the_cache_is_exact_where_a_row_is_being_filled():
+    """Ids that change inside finished blocks, gain and lose rows or masks, [PAD] among them."""
     model, generator = model_of(3), seeded(0)
-    predict = b.cached_blocks(model)
+    predict, block = b.cached_blocks(model), torch.arange(8) // 3
     for step in range(200):
         if step == 0 or not int(torch.randint(3, (1,), generator=generator)):
             ids = torch.randint(4, 9, (int(torch.randint(1, 3, (1,), generator=generator)), 8), generator=generator)
         flip = torch.rand(ids.shape, generator=generator)
         ids = ids.masked_fill(flip < 0.1, MASK).masked_fill((flip > 0.1) & (flip < 0.13), PAD)
         ids = torch.where(flip > 0.93, 4 + (ids + 1) % 5, ids)
-        shown = ids[:, : int(torch.randint(1, 9, (1,), generator=generator))]
-        masked = shown == MASK
-        assert close(predict(shown)[masked], model(shown)[masked])
-
-
-def padded(exact):
-    """The exact predictor for the beginning of a sequence: the rest is unknown."""
-    return lambda ids: exact(torch.nn.functional.pad(ids, (0, exact.length - ids.shape[1]), value=MASK))[:, : ids.shape[1]]
+        opened = (ids == MASK) & (block == (ids == MASK).long().argmax(dim=1, keepdim=True) // 3)
+        assert close(predict(ids)[opened], model(ids)[opened])
 
 
 @pytest.mark.parametrize("block_length", [1, 2, 3, 4])
 def test_one_by_one_the_exact_predictor_draws_from_the_true_distribution(block_length):
-    template = torch.full((20_000, 4), MASK)
-    options = {"mask_id": MASK, "block_length": block_length, "steps_per_block": block_length}
-    made = b.generate_blocks(padded(EXACT), template, temperature=1.0, remasking="random", generator=seeded(1), **options)
+    template, generator = torch.full((8_000, 4), MASK), seeded(1)
+    made = filled(EXACT, template, block_length, 1, h.random_order(generator), temperature=1.0, generator=generator)
     assert ChiSquare.of(torch.bincount(EXACT.index(made.ids), minlength=len(EXACT.logp)), EXACT.logp.exp()).fits
     assert bool((made.order // block_length == torch.arange(4) // block_length).all()), "from left to right"
 
 
-def test_blocks_are_filled_one_after_the_other_and_what_is_given_stays():
-    """Given tokens in the middle, too; every state follows from the orders, and no pass sees a later block."""
-    lengths = []
-
-    def predict(ids):
-        lengths.append(ids.shape[1])
-        assert bool((ids[:, : ids.shape[1] - 3] != MASK).all())
-        return WRONG(ids)
-
-    template = torch.tensor([[MASK, 4, MASK, MASK, MASK, MASK, 5, 4], [4, 4, MASK, 5, MASK, MASK, 4, 5]])
-    made = b.generate_blocks(predict, template, mask_id=MASK, block_length=3, steps_per_block=3)
-    blanks = template == MASK
+@given(block_length=st.integers(1, 9), per_pass=st.integers(1, 9), share=st.floats(0.1, 1), seed=st.integers(0, 10**6))
+def test_blocks_are_filled_one_after_the_other_and_what_is_given_stays(block_length, per_pass, share, seed):
+    """Masks anywhere, other ones in each row: each pass commits at most so many, all of one block, the next one after it."""
+    template = ids_of(3, 8, seed=seed).masked_fill(torch.rand(3, 8, generator=seeded(seed)) < share, MASK)
+    template[0, 3] = MASK
+    blanks, block = template == MASK, torch.arange(8) // block_length
+    made = filled(WrongPredictor(9, longest=8), template, block_length, per_pass)
     assert torch.equal(made.ids[~blanks], template[~blanks]) and bool((made.ids != MASK).all())
-    assert torch.equal(made.order >= 0, blanks) and bool((made.confidence[~blanks] == 1).all())
-    first, second = (made.order[:, some][blanks[:, some]] for some in (slice(0, 3), slice(3, 6)))
-    assert int(first.max()) < int(second.min()) and set(lengths) == {3, 6} and len(lengths) == made.nfe
-    assert torch.equal(made.state_after(int(first.max()))[:, 3:], template[:, 3:])
-    assert torch.equal(made.state_after(-1), template)
+    assert torch.equal(made.order >= 0, blanks)
+    for row, some in zip(made.order, blanks):
+        passes = [block[(row == step) & some] for step in range(int(row.max()) + 1)]
+        assert all(1 <= len(one) <= per_pass and len(one.unique()) == 1 for one in passes)
+        assert [int(one[0]) for one in passes] == sorted(int(one[0]) for one in passes)
+        assert len(passes) == sum(math.ceil(int(n) / per_pass) for n in torch.bincount(block[some]))
+    assert made.nfe == int(made.order.max()) + 1
 
 
 @pytest.mark.parametrize("block_length", [2, 4])
-def test_a_block_of_its_own_length_is_decoded_as_the_reverse_process_does(block_length):
-    """Where later blocks are out of sight, semi-autoregressive decoding is this sampler: greedy, the same tokens."""
+def test_from_nothing_a_block_is_as_many_masks(block_length):
+    """Then it is the helper's semi-autoregressive decoding: greedy, the same tokens."""
     model, template = model_of(block_length), torch.full((3, 8), MASK)
+    made = filled(b.cached_blocks(model), template, block_length, block_length // 2, forbidden=SPECIAL)
     options = {"mask_id": MASK, "block_length": block_length, "forbidden": SPECIAL}
-    made = b.generate_blocks(b.cached_blocks(model), template, steps_per_block=2, **options)
     again = h.reverse_process(model, template, steps=2 * 8 // block_length, **options)
     assert torch.equal(made.ids, again.ids) and torch.equal(made.order, again.order) and made.nfe == again.nfe
+
+
+@pytest.mark.parametrize("kind", ["AR", 1, 2, 8, "LLaDA"])
+def test_texts_keep_their_prompts_and_take_their_passes(kind):
+    made = h.Transformer if isinstance(kind, str) else b.block_diffusion(kind)
+    torch.manual_seed(0)
+    model = made(replace(CONFIG, causal=kind == "AR")).eval()
+    length, template = {"AR": 1, "LLaDA": 8}.get(kind, kind), torch.cat((ids_of(2, 3), torch.full((2, 5), MASK)), dim=1)
+    for per_pass in b.settings(length):
+        out = b.write(model, template, per_pass, seeded(5))
+        free = [min(start + length, 8) - max(3, start) for start in range(0, 8, length) if start + length > 3]
+        assert out.nfe == sum(math.ceil(n / per_pass) for n in free)
+        assert torch.equal(out.ids[:, :3], template[:, :3]) and bool((out.ids >= 4).all()) and out.ids.shape == (2, 8)
+
+
+@given(st.integers(1, 300))
+def test_settings_go_from_one_character_a_pass_to_all(length):
+    made = b.settings(length)
+    assert list(made) == sorted({1, min(2, length), min(4, length), length})
+    assert made[1] == "L'" and all(name in ("L'", "L'/2", "L'/4", "1") for name in made.values())
 
 
 # --- trainings ---
@@ -382,6 +419,51 @@ def test_rows_of_the_suite(preset):
             assert replace(trials[0].model, causal=False) == rows["LLaDA"][0].model and trials[0].model.causal == (row == "AR")
 
 
+# --- the suite's columns ---
+
+TEXT = "to be, or not to be: that is the question. " * 40
+TOKENIZER = h.CharTokenizer.from_text(TEXT)
+SMOKE = h.PRESETS["smoke"]
+
+
+@pytest.mark.parametrize("row", ["AR", "L' = 4", "LLaDA"])
+def test_measure_is_of_these_texts(row):
+    train_ids, val_ids, _ = quality.parts(TOKENIZER.encode(TEXT))
+    job = b.block_jobs(SMOKE, h.TrainConfig(1, 2), TOKENIZER.vocab_size, train_ids, val_ids)[row][0]
+    torch.manual_seed(0)
+    run, windows = h.Run(job.architecture(job.model).eval(), None, {}, None), h.windows(val_ids, job.model.seq_len)
+    found, length = suite("blocks", SMOKE, TEXT)[2]["measure"](job, run), {"AR": 1, "L' = 4": 4, "LLaDA": 64}[row]
+    assert found["block length"] == length
+    nats = job.validation_nats(run.model, windows)
+    assert found["nats/char"] == pytest.approx(float(nats.sum() / (windows != PAD).sum()), rel=1e-5)
+    scores = quality.TextMeasure(TOKENIZER, TEXT[: len(train_ids)])
+    for per_pass, name in b.settings(length).items():
+        made = b.write(run.model, quality.prompts(windows, SMOKE.texts)[1], per_pass, seeded(0))
+        expected = {"passes": made.nfe} | {k: x for k, x in scores(made.ids).items() if not k.startswith("copied")}
+        told = {key.removesuffix(f" ({name})"): x for key, x in found.items() if key.endswith(f"({name})")}
+        assert told.keys() == expected.keys() and list(told.values()) == pytest.approx([expected[key] for key in told])
+
+
+def test_suite_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Few lengths, two steps: every row with its columns."""
+    short = ("smoke", h.TrainConfig(2, 2, evals=1, eval_windows=2))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(b, "LENGTHS", (1, 4))
+    monkeypatch.setitem(b.SIZES, "smoke", (short, short))
+    monkeypatch.setitem(h.PRESETS, "smoke", replace(SMOKE, texts=8, n_layer=1, n_embd=8))
+    Path("text.txt").write_text(TEXT)
+    monkeypatch.setenv("LLADA_DATA", "text.txt")
+    main(["blocks", "--preset", "smoke"])
+    assert "L' = 4, half the steps" in capsys.readouterr().out
+    table = pd.read_csv("build/smoke/figures/tables/blocks.csv")
+    kinds = {"LLaDA": 64, "AR": 1, "L' = 1, half the steps": 1, "L' = 1": 1}
+    kinds |= {"L' = 4, half the steps": 4, "L' = 4": 4, "L' = 64": 64}
+    assert dict(zip(table["row"], table["block length"])) == kinds
+    for _, line in table.iterrows():
+        told = {name for name in ("L'", "L'/2", "L'/4", "1") if np.isfinite(line[f"judge nats/char ({name})"])}
+        assert told == set(b.settings(line["block length"]).values())
+
+
 # --- what is refused ---
 
 
@@ -391,21 +473,18 @@ def test_rows_of_the_suite(preset):
         lambda: b.block_mask(4, 0),
         lambda: b.block_diffusion(0),
         lambda: b.block_batch(-1),
-        lambda: b.by_blocks(EXACT, 0),
         lambda: b.block_diffusion(2)(h.ModelConfig(9, 8, 1, 2, 8, causal=True)),
         lambda: model_of(2)(ids_of(2, 9)),
         lambda: model_of(2)(ids_of(2, 2, 9)),
         lambda: model_of(2)(ids_of(2, 3, 8)),
         lambda: model_of(2)(ids_of(8)),
         lambda: b.cached_blocks(h.Transformer(CONFIG)),
-        lambda: b.block_nelbo(b.by_blocks(EXACT, 1), EXACT.sequences, MASK, block_length=1, n_samples=0),
-        lambda: b.block_nelbo(b.by_blocks(EXACT, 1), EXACT.sequences, MASK, block_length=0, n_samples=1),
-        lambda: b.block_nelbo(b.by_blocks(EXACT, 1), EXACT.sequences[0], MASK, block_length=1, n_samples=1),
-        lambda: b.generate_blocks(model_of(2), ids_of(1, 8), mask_id=MASK, block_length=2, steps_per_block=1),
-        lambda: b.generate_blocks(model_of(2), torch.full((8,), MASK), mask_id=MASK, block_length=2, steps_per_block=1),
-        lambda: b.generate_blocks(model_of(2), torch.full((1, 9), MASK), mask_id=MASK, block_length=2, steps_per_block=1),
-        lambda: b.generate_blocks(model_of(2), torch.full((1, 8), MASK), mask_id=MASK, block_length=0, steps_per_block=1),
-        lambda: b.generate_blocks(model_of(2), torch.full((1, 8), MASK), mask_id=MASK, block_length=2, steps_per_block=0),
+        lambda: b.block_nelbo(by_blocks(EXACT, 1), EXACT.sequences, MASK, block_length=1, n_samples=0),
+        lambda: b.block_nelbo(by_blocks(EXACT, 1), EXACT.sequences, MASK, block_length=0, n_samples=1),
+        lambda: b.block_nelbo(by_blocks(EXACT, 1), EXACT.sequences[0], MASK, block_length=1, n_samples=1),
+        lambda: b.by_place(h.entropy, 0, 1),
+        lambda: b.by_place(h.entropy, 1, 0),
+        lambda: filled(model_of(2), torch.full((1, 9), MASK), 2, 1),
     ],
 )
 def test_errors_say_what_to_pass(call):

@@ -15,7 +15,7 @@ from beyond.decoding import bit_reversed, spaced
 
 EXACT = ExactPredictor(length=3, symbols=3)
 VOCABULARY = 10
-ROWS = 6000
+ROWS = 4000
 STRATEGIES = ("low_confidence", "random", "entropy", "margin", "ancestral")
 
 
@@ -74,21 +74,6 @@ def test_guided_distribution_is_that_of_the_formula():
     assert not ChiSquare.of(torch.bincount(generation.ids[:, 2] - FIRST, minlength=3), conditional.double().exp()).fits
 
 
-def leans(ids):
-    """Token 4 one nat ahead of 5 where anything is given, and one and a half where everything is masked; the rest impossible."""
-    ahead = torch.where((ids == MASK).all(dim=1), 1.5, 1.0)[:, None, None] * torch.eye(VOCABULARY)[4]
-    possible = torch.isin(torch.arange(VOCABULARY), torch.tensor([4, 5]))
-    return ahead.masked_fill(~possible, -math.inf).expand(-1, ids.shape[1], -1)
-
-
-@pytest.mark.parametrize("w", [0.0, 0.5, 1.9, 2.1, 5.0])
-def test_guidance_follows_equation_16(w):
-    """By hand: 1.5 + (w + 1) (1 - 1.5) nats ahead, so that w = 2 turns the scales."""
-    template = torch.tensor([[7, MASK, 8]])
-    made = fill(d.guided(leans, template != MASK, w), template, steps=1)
-    assert made.ids.tolist() == [[7, 4 if 1.5 - 0.5 * (w + 1) > 0 else 5, 8]]
-
-
 def plainly_guided(predict, template, steps, block_length, w, forbidden):
     """Greedy low-confidence decoding (Algorithm 5) with guidance, one row at a time, one loop per idea."""
     most = max(row.count(MASK) for row in template.tolist())
@@ -117,7 +102,7 @@ def plainly_guided(predict, template, steps, block_length, w, forbidden):
     return all_ids, all_orders
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     "steps, block_length, w, forbidden", [(4, 3, 0.5, ()), (5, None, 2.0, (0, 2, 3, 9)), (12, 1, 1.0, ()), (6, 2, 0.3, (4, 7))]
 )
@@ -221,7 +206,7 @@ def greedy_entropy_bound(predict, template, bound):
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.5, 1.5, 3.0, 100.0])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_entropy_bound_follows_its_rule(bound, seed):
     predict = WrongPredictor(vocab_size=9, longest=8, seed=seed)
     template = torch.randint(4, 9, (4, 8), generator=seeded(seed))
@@ -237,12 +222,6 @@ def test_entropy_bound_follows_its_rule(bound, seed):
     assert torch.equal(together.ids, ids) and torch.equal(together.order, order)
 
 
-def test_entropy_bound_extremes():
-    predict, template = WrongPredictor(vocab_size=9, longest=8), masks(1, 8)
-    for bound, passes in ((0.0, 8), (1e9, 1), (math.inf, 1)):
-        assert fill(predict, template, steps=1, remasking=d.entropy_bound(bound)).nfe == passes
-
-
 @pytest.mark.parametrize("make", [d.threshold, d.entropy_bound])
 @pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan])
 def test_bounds_out_of_range_are_refused(make, value):
@@ -255,7 +234,7 @@ def test_threshold_is_a_probability():
         d.threshold(1.01)
 
 
-@pytest.mark.parametrize("strategy", [d.threshold(0.4), d.entropy_bound(1.0), d.late("entropy", (4, 5))])
+@pytest.mark.parametrize("strategy", [d.threshold(0.4), d.entropy_bound(1.0), d.late("entropy", (4, 5)), spaced(4)])
 @pytest.mark.parametrize("w", [0.0, 1.5])
 def test_rows_of_a_batch_do_not_touch_each_other(strategy, w):
     predict = WrongPredictor(VOCABULARY, seed=3)
@@ -319,7 +298,7 @@ def dual_cache(model, template, steps, block_length):
     return ids, order
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("steps, block_length", [(16, 4), (8, 8), (6, 8), (12, 16)])
 def test_cache_is_the_dual_cache(transformer, seed, steps, block_length):
     template = torch.randint(4, 12, (1, 24), generator=seeded(seed))
@@ -356,16 +335,6 @@ def test_cache_computes_the_block_alone(transformer, monkeypatch):
     template = masks(2, 24)
     fill(d.cached(transformer, template, MASK, 6), template, steps=12, block_length=6)
     assert widths == [24, 6, 6] * 4
-
-
-def test_block_pass_equals_full_pass_while_nothing_changed(transformer):
-    """The cached keys and values are those of the full pass: a slice recomputed against them gives the same logits."""
-    ids = torch.randint(4, 12, (2, 24), generator=seeded(2))
-    cache = h.KVCache(transformer.config, 2, transformer.embed.weight)
-    with torch.no_grad():
-        whole = transformer(ids, cache=cache)
-        part = transformer(ids[:, 7:15], cache=cache, start=7)
-    assert torch.allclose(whole, transformer(ids), atol=1e-5) and torch.allclose(part, whole[:, 7:15], atol=1e-5)
 
 
 def test_cache_notices_what_changed_elsewhere(transformer):
@@ -448,13 +417,6 @@ def test_late_keeps_the_schedule(strategy, steps):
         assert ((made.order <= step).sum(dim=1) == 8 * (step + 1) // steps).all()
 
 
-def test_no_late_tokens_is_the_strategy_itself():
-    predict, template = WrongPredictor(9, seed=4), masks(6, 8)
-    for name in ("low_confidence", "entropy", "margin"):
-        a, b = (fill(predict, template, steps=5, remasking=r) for r in (name, d.late(name, ())))
-        assert torch.equal(a.ids, b.ids) and torch.equal(a.order, b.order)
-
-
 def test_late_waits_for_a_strategy_that_takes_its_time():
     """All early tokens come first even where the strategy commits fewer than the schedule wants."""
     probs = torch.tensor([[[0.1, 0.9], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]]], dtype=torch.float64)
@@ -529,23 +491,6 @@ def test_revision_follows_its_rule(per_pass, seed):
     assert torch.equal(made.ids, ids) and torch.equal(made.order, order)
     assert torch.allclose(made.confidence.double(), certainty, atol=1e-6)
     assert (made.confidence[template != MASK] == 1).all()
-
-
-def test_revision_takes_back_the_least_certain():
-    """A predictor that is sure of everything but one position: that one is redone, now with its neighbours in sight."""
-
-    def predict(ids):
-        logits = torch.zeros(*ids.shape, 9)
-        logits[..., 4] = 5.0
-        complete = (ids != MASK).sum(dim=1) == ids.shape[1] - 1
-        logits[:, 2] = torch.tensor([0, 0, 0, 0, 0.5, 0, 0, 0, 0.0])
-        logits[complete, 2, 7] = 9.0
-        return logits
-
-    made = fill(predict, masks(1, 6), steps=1)
-    assert made.ids.tolist() == [[4] * 6] and made.nfe == 1
-    redone = d.revise(predict, made, mask_id=MASK, passes=1, per_pass=1)
-    assert redone.ids.tolist() == [[4, 4, 7, 4, 4, 4]] and redone.order.tolist() == [[0, 0, 1, 0, 0, 0]]
 
 
 def test_a_revised_generation_may_be_revised():
@@ -711,29 +656,10 @@ def test_the_distance_is_kept_wherever_it_can_be(name, asked, distance):
     assert min(nearest(spaced(distance, BY[name])(tokens, probs, masked, count))) >= distance
 
 
-@given(asked=passes(longest=9))
-def test_farthest_first_is_within_a_factor_of_two_of_the_best(asked):
-    _, _, masked, count = asked
-    for found, row, n in zip(nearest(spaced(99)(*asked)), masked, count.tolist()):
-        sets = itertools.combinations(row.nonzero()[:, 0].tolist(), n)
-        best = max(min((b - a for a, b in itertools.pairwise(some)), default=99) for some in sets)
-        assert best <= 2 * found
-
-
 @pytest.mark.parametrize("name", BY)
 @given(asked=passes())
 def test_without_a_distance_it_is_the_strategy_itself(name, asked):
     assert torch.equal(spaced(1, BY[name])(*asked), BY[name](*asked))
-
-
-@pytest.mark.parametrize("name", BY)
-def test_one_by_one_it_is_the_strategy_itself(name):
-    template, options = masks(5, 8), {"steps": 8, "temperature": 1.0}
-    made = [
-        fill(WrongPredictor(VOCABULARY, seed=4), template, remasking=r, generator=seeded(1), **options)
-        for r in (BY[name], spaced(5, BY[name]))
-    ]
-    assert torch.equal(made[0].ids, made[1].ids) and torch.equal(made[0].order, made[1].order)
 
 
 def test_neighbours_wait_for_another_pass():
@@ -786,13 +712,6 @@ def test_the_order_does_not_depend_on_the_passes(length, steps):
     assert (together[one_by_one.argsort()].diff() >= 0).all()
 
 
-@given(asked=passes())
-def test_the_model_is_not_asked(asked):
-    tokens, probs, masked, count = asked
-    taken = bit_reversed(tokens, probs, masked, count)
-    assert torch.equal(taken, bit_reversed(tokens.flip(1), probs.flip(0, 1, 2), masked, count))
-
-
 # --- what is drawn ---
 
 
@@ -802,11 +721,6 @@ def test_one_by_one_the_true_distribution_is_drawn(strategy):
     made = fill(EXACT, masks(ROWS), remasking=strategy, temperature=1.0, generator=seeded(1))
     chi = ChiSquare.of(torch.bincount(EXACT.index(made.ids), minlength=len(EXACT.sequences)), EXACT.logp.exp())
     assert chi.fits, chi
-
-
-def test_spacing_what_looks_at_the_drawn_value_stays_biased():
-    made = fill(EXACT, masks(ROWS), remasking=spaced(2, h.low_confidence), temperature=1.0, generator=seeded(1))
-    assert not ChiSquare.of(torch.bincount(EXACT.index(made.ids), minlength=len(EXACT.sequences)), EXACT.logp.exp()).fits
 
 
 def test_two_at_once_draw_the_product_of_their_conditionals():
@@ -819,15 +733,3 @@ def test_two_at_once_draw_the_product_of_their_conditionals():
         product = product * conditional[range(len(ids)), place, ids[:, place]]
     counts = torch.bincount(EXACT.index(made.ids), minlength=len(EXACT.sequences))
     assert ChiSquare.of(counts, product).fits and not ChiSquare.of(counts, EXACT.logp.exp()).fits
-
-
-@pytest.mark.parametrize("strategy", [bit_reversed, spaced(2), spaced(4, h.low_confidence)])
-def test_spaced_rows_of_a_batch_do_not_touch_each_other(strategy):
-    predict = WrongPredictor(VOCABULARY, seed=3)
-    data = torch.randint(FIRST, VOCABULARY, (12, 8), generator=seeded(4))
-    template = torch.where(torch.rand(12, 8, generator=seeded(3)) < 0.6, MASK, data)
-    template[:, 0] = MASK
-    together = fill(predict, template, remasking=strategy)
-    for i in range(len(template)):
-        alone = fill(predict, template[i : i + 1], remasking=strategy)
-        assert torch.equal(alone.ids[0], together.ids[i]) and torch.equal(alone.order[0], together.order[i])
