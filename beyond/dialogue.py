@@ -35,8 +35,8 @@ class Sizes(NamedTuple):
 GENTLY = {"muon_lr": 0.005, "adamw_lr": 1e-3}
 SIZES = {
     "smoke": Sizes(H.TrainConfig(20, 16, **GENTLY, evals=2, eval_windows=16), 8, 2, 4, 8),
-    "cpu": Sizes(H.TrainConfig(150, 32, **GENTLY, evals=3), 96, 20, 16, 48),
-    "gpu": Sizes(H.TrainConfig(300, 64, **GENTLY, evals=4), 96, 30, 32, 64),
+    "cpu": Sizes(H.TrainConfig(150, 32, **GENTLY, evals=3), 96, 20, 8, 48),
+    "gpu": Sizes(H.TrainConfig(300, 64, **GENTLY, evals=4), 96, 30, 16, 64),
 }
 SIZES["cpu_long"] = SIZES["cpu"]
 
@@ -331,15 +331,15 @@ def guidance_table(tuned: dict, talk: Talk, real: Talk, layout: Layout, count: i
     names, lines = list(dict.fromkeys(who for _, who, _ in real)), []
     befores = [before for before, *_ in talk if len(before) >= layout.prompt_len]
     asked = [(befores[i * len(befores) // count], names[i % len(names)], "") for i in range(count)]
-    told, odds = {"real speeches": real}, {}
+    told, odds = {None: real}, {}
     for w in strengths:
         made = respond(tuned["LLaDA"], layout.rows(asked), layout.prompt_len + 1, w=w)
-        told[f"w = {w}"] = [(before, who, layout.tokenizer.decode(ids)) for (before, who, _), ids in zip(asked, made)]
-    for row, said in told.items():
-        odds[row] = ahead(name_nats(tuned["AR"], names, said, layout), names, said)
-        columns = {"log odds, nats": odds[row], "characters": [len(speech) for *_, speech in said]}
-        if row != "real speeches":
-            columns["minus w = 0"] = odds[row] - odds["w = 0.0"]
-        lines.append({"row": row, "answers": len(said)})
+        told[w] = [(before, who, layout.tokenizer.decode(ids)) for (before, who, _), ids in zip(asked, made)]
+    for w, said in told.items():
+        odds[w] = ahead(name_nats(tuned["AR"], names, said, layout), names, said)
+        columns = {"log odds, nats": odds[w], "characters": [len(speech) for *_, speech in said]}
+        if w is not None:
+            columns["minus w = 0"] = odds[w] - odds[strengths[0]]
+        lines.append({"row": "real speeches" if w is None else f"w = {w}", "w": w, "answers": len(said)})
         lines[-1] |= {k: v for key, x in columns.items() for k, v in ((key, np.mean(x)), (f"{key} ±", H.half_width(x)))}
     return pd.DataFrame(lines)

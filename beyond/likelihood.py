@@ -195,16 +195,15 @@ def cost_by_rate(model: MaskPredictor, windows: Tensor, counts: list[int]) -> np
     return np.array(costs)
 
 
-def area_under(counts: list[int], costs: np.ndarray) -> float:
-    """The area under the mean of costs [len(counts), N] over the masking rate from 0 to 1: the NELBO per character, nats.
+def area_under(counts: list[int], costs: np.ndarray) -> np.ndarray:
+    """The area under costs [len(counts), N] over the masking rate from 0 to 1: each window's NELBO per character, [N], nats.
 
     Between the counts the cost is interpolated, below the first it is constant.
 
-    >>> area_under([1, 4], np.array([[1.0], [3.0]]))  # 1 up to a rate of 1/4, from there a line up to 3
-    1.75
+    >>> area_under([1, 4], np.array([[1.0], [3.0]])).tolist()  # 1 up to a rate of 1/4, from there a line up to 3
+    [1.75]
     """
-    rates, mean = np.array(counts) / counts[-1], costs.mean(axis=1)
-    return float(np.trapezoid(np.r_[mean[0], mean], np.r_[0, rates]))
+    return np.trapezoid(np.concatenate((costs[:1], costs)), np.r_[0, counts] / counts[-1], axis=0)
 
 
 def average(row: str, values: Tensor | np.ndarray) -> dict[str, str | float]:

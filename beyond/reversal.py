@@ -184,7 +184,10 @@ def score_llada(model, quiz: Quiz, n_samples: int) -> Tensor:
 
 
 def choice_table(models: dict, ids: Tensor, tokenizer: H.CharTokenizer, items: int, samples: tuple, given: int, asked: int):
-    """How often the true text wins among four, which follow, or precede, `given` characters of a text [n]; whom it loses to."""
+    """How often the true text wins among four, which follow, or precede, `given` characters of a text [n]; whom it loses to.
+
+    "minus AR" is paired by question.
+    """
     rows = ids[: len(ids) // (given + asked) * (given + asked)].view(-1, given + asked)
     rows, lines = rows[torch.linspace(0, len(rows) - 1, min(items, len(rows))).long()], []
     for task, forward in (("next", True), ("preceding", False)):
@@ -197,6 +200,8 @@ def choice_table(models: dict, ids: Tensor, tokenizer: H.CharTokenizer, items: i
             picked = scores.argmax(dim=1)
             line = {"row": f"{task}, {model}, {label}", "task": task, "model": model, "samples": k}
             line["accuracy"], line["accuracy ±"] = H.share(picked == 0)
+            apart = (picked == 0).double() - (scored["AR", "exact"].argmax(dim=1) == 0).double()
+            line |= {"minus AR": float(apart.mean()), "minus AR ±": H.half_width(apart.numpy())}
             lost = {f"picked {name}": float((picked == i).float().mean()) for i, name in enumerate(wrong, start=1)}
             lines.append(line | {"items": len(scores)} | lost)
     return pd.DataFrame(lines)

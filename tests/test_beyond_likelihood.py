@@ -220,7 +220,7 @@ def test_costs_by_place_are_exact_for_ar():
 def test_the_area_under_a_straight_line_is_exact():
     counts = lik.mask_counts(128)
     assert counts[0] == 1 and counts[-1] == 128
-    assert lik.area_under(counts, np.full((len(counts), 5), 1.7)) == pytest.approx(1.7)
+    assert lik.area_under(counts, np.full((len(counts), 5), 1.7)) == pytest.approx(np.full(5, 1.7))
 
 
 def test_spread_leaves_the_padded_window_out():

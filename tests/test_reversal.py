@@ -178,5 +178,6 @@ def test_table_of_choices():
     table = reversal.choice_table({"LLaDA": blank, "AR": blank}, ids, TOKENIZER, 4, (1, 2), given=5, asked=3).set_index("row")
     assert table.index.tolist()[:3] == ["next, AR, exact", "next, LLaDA, one sample", "next, LLaDA, most samples"]
     assert len(table) == 6 and (table["items"] == 4).all() and (table["accuracy"] == 1).all()
+    assert (table[["minus AR", "minus AR ±"]] == 0).all(axis=None)
     assert (table.filter(like="picked").fillna(0) == 0).all(axis=None)
     assert table["accuracy ±"].iloc[0] == pytest.approx(h.share([1] * 4)[1])
