@@ -20,10 +20,10 @@ EVERYTHING = torch.ones(3, dtype=torch.bool)
 MANY = lik.MANY_SAMPLES
 
 
-def estimates(predict, sequence, runs, n_samples=1, **options):
+def estimates(predict, sequence, runs, n_samples):
     """Many copies of a row in one call; these share the strata, so that their mean is if anything the surer."""
     rows = sequence.repeat(runs, 1)
-    return lik.low_noise_nelbo(predict, rows, MASK, n_samples=n_samples, generator=seeded(0), **options)
+    return lik.low_noise_nelbo(predict, rows, MASK, n_samples=n_samples, generator=seeded(0))
 
 
 def independent(predict, sequence, runs, n_samples, estimate=lik.low_noise_nelbo):
@@ -104,7 +104,7 @@ def test_baseline_is_added_back_where_costs_hang_on_the_number_masked(costs):
         return logits
 
     row = torch.full((3,), 5)
-    assert within(estimates(predict, row, 2000, n_samples=3), enumerated_nelbo(predict, row, EVERYTHING))
+    assert within(estimates(predict, row, 2000, 3), enumerated_nelbo(predict, row, EVERYTHING))
 
 
 def test_shape_and_reproducibility():
