@@ -1,12 +1,13 @@
 """Instruction tuning (SFT, Eq. 5) on the dialogue that the corpus is: a speech is answered by the next one.
 
-text -> dialogue -> Layout.rows -> a Job with learned=response_tokens -> tuned models -> sft_table, sample_answers
+text -> dialogue -> Layout.rows -> a Job with learned=response_tokens -> tuned models, of which is asked: is the answer likelier
+(sft_table), does it end (answers_table), who says it (speakers_table), does guidance make it more the speaker's (guidance_table)?
 """
 
-from __future__ import annotations
-
+import functools
 import itertools
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,29 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llada_helpers as H
-from beyond.decoding import late
+from beyond.decoding import guided, late
 from beyond.likelihood import low_noise_nelbo
 
 
 class Sizes(NamedTuple):
-    """The tuning, and how much is asked afterwards, here and in beyond/speakers.py.
-
-    >>> SIZES["smoke"].sft.steps
-    20
-    """
+    """The tuning, and how much is asked afterwards."""
 
     sft: H.TrainConfig
     replies: int  # speeches scored and answered before and after tuning
-    speeches: int  # speeches of each of four speakers to tell apart
-    name_samples: int  # masks per speech there; half as many per name
-    guided: int  # answers per strength of guidance, a multiple of H.GROUPS
+    speeches: int  # at most so many of each of four speakers, to tell apart
+    samples: int  # masks per speech there
+    guided: int  # answers per strength of guidance
 
 
 GENTLY = {"muon_lr": 0.005, "adamw_lr": 1e-3}
 SIZES = {
     "smoke": Sizes(H.TrainConfig(20, 16, **GENTLY, evals=2, eval_windows=16), 8, 2, 4, 8),
-    "cpu": Sizes(H.TrainConfig(150, 32, **GENTLY, evals=3), 96, 20, 16, 48),
-    "gpu": Sizes(H.TrainConfig(300, 64, **GENTLY, evals=4), 96, 30, 32, 64),
+    "cpu": Sizes(H.TrainConfig(150, 32, **GENTLY, evals=3), 96, 20, 8, 48),
+    "gpu": Sizes(H.TrainConfig(300, 64, **GENTLY, evals=4), 96, 30, 16, 64),
 }
 SIZES["cpu_long"] = SIZES["cpu"]
 
@@ -57,35 +54,6 @@ def dialogue(text: str) -> Talk:
     return [(before, *speech) for before, speech in zip(["", *(words for _, words in speeches)], speeches)]
 
 
-def instruction_rows(pairs: list[tuple], tokenizer: H.CharTokenizer, seq_len: int, prompt_len: int) -> Tensor:
-    """Rows for SFT (Eq. 5), LongTensor[N, seq_len]: prompt [START] response [END] ... [END]; see `response_tokens`.
-
-    [END] is an ordinary token: the model learns where to stop, and what fills the rest. [START], which is in no text, separates.
-
-    Args:
-        pairs: (prompt, response), each a text. A prompt keeps its last `prompt_len` tokens; a pair whose response does not leave
-            room for one [END] after a full prompt is left out.
-
-    Raises:
-        ValueError: no room for any response, or no pair that fits.
-
-    >>> tokenizer = H.CharTokenizer.from_text("abcd")
-    >>> instruction_rows([("abc", "d"), ("a", "bcd")], tokenizer, seq_len=5, prompt_len=2).tolist()  # "bcd" would not fit
-    [[5, 6, 2, 7, 3]]
-    """
-    room = seq_len - prompt_len - 2
-    if room < 1 or prompt_len < 1:
-        raise ValueError(f"prompt_len={prompt_len} of seq_len={seq_len}: leave room for [START], a response and [END]")
-    start, rows = torch.tensor([H.START_ID]), []
-    for prompt, response in pairs:
-        if len(response) <= room:
-            row = torch.cat((tokenizer.encode(prompt)[-prompt_len:], start, tokenizer.encode(response)))
-            rows.append(F.pad(row, (0, seq_len - len(row)), value=H.END_ID))
-    if not rows:
-        raise ValueError(f"no response has {room} tokens or fewer; pass pairs with shorter ones, or a larger seq_len")
-    return torch.stack(rows)
-
-
 def response_tokens(sequences: Tensor, separator: int = H.START_ID) -> Tensor:
     """BoolTensor[B, L]: the response, what follows the row's first separator; the prompt before it is never masked (Eq. 5).
 
@@ -97,11 +65,7 @@ def response_tokens(sequences: Tensor, separator: int = H.START_ID) -> Tensor:
 
 
 def speech_tokens(rows: Tensor) -> Tensor:
-    """BoolTensor[B, L]: the responses without their [END].
-
-    >>> speech_tokens(torch.tensor([[7, 8, H.START_ID, 9, H.END_ID]])).tolist()
-    [[False, False, False, True, False]]
-    """
+    """BoolTensor[B, L]: the responses without their [END]."""
     return response_tokens(rows) & (rows != H.END_ID)
 
 
@@ -112,8 +76,8 @@ class Layout:
     >>> layout = Layout(H.CharTokenizer.from_text("AB:\n hi"), seq_len=16)
     >>> layout.prompt_len, layout.answer_len, layout.ask("hi", "A")
     (5, 10, 'hi\n\nA:\n')
-    >>> layout.tokenizer.decode(layout.rows([("hi", "A", "hi hi")])[0])
-    '\n\nA:\nhi hi'
+    >>> layout.rows([("hi", "A", "hi")]).tolist()  # "\n" is 4, ":" 6, "A" 7
+    [[4, 4, 7, 6, 4, 2, 9, 10, 3, 3, 3, 3, 3, 3, 3, 3]]
     """
 
     tokenizer: H.CharTokenizer
@@ -137,9 +101,20 @@ class Layout:
         return self.known(f"{before}\n\n{speaker}:\n")
 
     def rows(self, talk: Talk) -> Tensor:
-        """LongTensor[N, seq_len]: a row for each speech that is short enough."""
-        pairs = [(self.ask(before, speaker), speech) for before, speaker, speech in talk]
-        return instruction_rows(pairs, self.tokenizer, self.seq_len, self.prompt_len)
+        """Rows for SFT (Eq. 5), LongTensor[N, seq_len]: prompt [START] response [END] ... [END]; see `response_tokens`.
+
+        [END] is an ordinary token: the model learns where to stop, and what fills the rest. [START], which is in no text,
+        separates. A prompt keeps its last `prompt_len` tokens; a speech that leaves no room for one [END] after a full prompt is
+        left out. ValueError: none fits.
+        """
+        rows, encode = [], self.tokenizer.encode
+        for before, speaker, speech in talk:
+            if len(speech) < self.answer_len:
+                prompt = encode(self.ask(before, speaker))[-self.prompt_len :]
+                row = torch.cat((prompt, torch.tensor([H.START_ID]), encode(speech)))
+                rows.append(F.pad(row, (0, self.seq_len - len(row)), value=H.END_ID))
+        H._refuse(not rows, f"no speech has fewer than {self.answer_len} characters; pass shorter ones, or a larger seq_len")
+        return torch.stack(rows)
 
 
 def in_turns(text: str, layout: Layout) -> Talk:
@@ -153,33 +128,21 @@ def in_turns(text: str, layout: Layout) -> Talk:
     return [(a, letters[i % len(letters)], b) for i, (a, b) in enumerate(itertools.pairwise(pieces))]
 
 
-def talks(train_text: str, val_text: str, test_text: str, layout: Layout) -> tuple[Talk, Talk, Talk]:
-    r"""The dialogue of three parts of a play, cut out separately, so that no speech is in two; of any other text, `in_turns`.
+def talks(texts: tuple[str, str, str], layout: Layout) -> list[Talk]:
+    """The dialogue of training, validation and test text, cut out separately: no speech is in two. No play: `in_turns`.
 
-    A play is what has at least four speakers that speak in training and validation, and in each part a speech that fits after a
-    full prompt.
-
-    >>> play = "\n\n".join(f"{name}:\nhi" for name in "ABCD")
-    >>> layout = Layout(H.CharTokenizer.from_text(play + "no"), 16)
-    >>> [talk[0] for talk in talks(play, play, play, layout)], talks(play, "no hi" * 5, play, layout)[1]
-    ([('', 'A', 'hi'), ('', 'A', 'hi'), ('', 'A', 'hi')], [('no hino h', 'h', 'ino hino ')])
+    A play has at least four speakers that speak in training and validation, and in each part a speech that fits after one that
+    fills the prompt.
     """
-    texts = (train_text, val_text, test_text)
-    parts = tuple(map(dialogue, texts))
-    known, heard, _ = ({who for _, who, _ in part} for part in parts)
-    lengths = [[(len(layout.ask(before, who)), len(speech)) for before, who, speech in part] for part in parts]
+    parts = [dialogue(text) for text in texts]
+    shared = {who for _, who, _ in parts[0]} & {who for _, who, _ in parts[1]}
+    lengths = [[(len(before), len(speech)) for before, _, speech in part] for part in parts]
     usable = all(any(p >= layout.prompt_len and s < layout.answer_len for p, s in part) for part in lengths)
-    return parts if usable and len(known & heard) >= 4 else tuple(in_turns(text, layout) for text in texts)
+    return parts if usable and len(shared) >= 4 else [in_turns(text, layout) for text in texts]
 
 
 def full_prompts(rows: Tensor, layout: Layout, count: int) -> Tensor:
-    """At most `count` of the rows whose prompt fills its place, spread evenly: LongTensor[N, seq_len].
-
-    >>> layout = Layout(H.CharTokenizer.from_text("a"), 16)
-    >>> rows = instruction_rows([("a", "a"), ("a" * 9, "a"), ("a" * 5, "")], layout.tokenizer, 16, layout.prompt_len)
-    >>> full_prompts(rows, layout, count=1).tolist() == rows[1:2].tolist(), len(full_prompts(rows, layout, count=9))
-    (True, 2)
-    """
+    """At most `count` of the rows whose prompt fills its place, spread evenly: LongTensor[N, seq_len]."""
     full = rows[rows[:, layout.prompt_len] == H.START_ID]
     return full[torch.linspace(0, len(full) - 1, min(count, len(full))).long()]
 
@@ -187,15 +150,13 @@ def full_prompts(rows: Tensor, layout: Layout, count: int) -> Tensor:
 def as_plain_text(rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     r"""The same speeches as pre-training knows them: no [START], an empty line for [END], and after it masks.
 
-    What is masked for good says nothing of where a speech ends.
-
-    Returns:
-        LongTensor[N, seq_len], and BoolTensor[N, seq_len]: the speech and its empty line.
+    What is masked for good says nothing of where a speech ends. Returns LongTensor[N, seq_len], and BoolTensor[N, seq_len], the
+    speech and its empty line.
 
     >>> layout = Layout(H.CharTokenizer.from_text("\nab"), 16)
-    >>> plain, scored = as_plain_text(instruction_rows([("aaaaa", "bb")], layout.tokenizer, 16, 5), layout)
+    >>> plain, scored = as_plain_text(layout.rows([("aaa", "", "bb")]), layout)
     >>> layout.tokenizer.decode(plain[0]), layout.tokenizer.decode(plain[scored])
-    ('aaaaabb\n\n███████', 'bb\n\n')
+    ('aa\n\n\nbb\n\n███████', 'bb\n\n')
     """
     plain, scored = torch.full_like(rows, H.MASK_ID), torch.zeros_like(rows, dtype=torch.bool)
     for row, text, mark in zip(rows, plain, scored):
@@ -208,27 +169,15 @@ def as_plain_text(rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def sft_table(untuned: dict, tuned: dict, rows: Tensor, layout: Layout, n_samples: int) -> pd.DataFrame:
     """Nats per character of *this speech, and then its end*, before and after tuning, and their paired difference.
 
-    Args:
-        untuned, tuned: the models, "LLaDA" (a bound, from `n_samples` masks) and "AR" (exact).
-        rows: of `full_prompts`, so that both stages see the same prompts.
-
-    >>> layout = Layout(H.CharTokenizer.from_text("\\nab"), 16)
-    >>> blank = {"LLaDA": lambda ids: torch.zeros(*ids.shape, 7), "AR": lambda ids: torch.zeros(*ids.shape, 7)}
-    >>> rows = instruction_rows([("aaaaa", "bb"), ("aaaaa", "ba")], layout.tokenizer, 16, 5)
-    >>> table = sft_table(blank, blank, rows, layout, n_samples=2)
-    >>> table["row"].tolist()[:3], (table["nats/char"][:3] / np.log(7)).round(2).tolist()  # 4 tokens, then 10; for 2 characters
-    (['LLaDA, before', 'LLaDA, after', 'LLaDA, after − before'], [2.0, 5.0, 3.0])
+    The models are "LLaDA" (a bound, from `n_samples` masks) and "AR" (exact); `rows` are of `full_prompts`, so that both stages
+    see the same prompts.
     """
-    spoken = speech_tokens(rows).sum(dim=1)
-    nats = {}
-    for stage, models, (sequences, scored) in (
-        ("before", untuned, as_plain_text(rows, layout)),
-        ("after", tuned, (rows, response_tokens(rows))),
-    ):
+    spoken, nats, lines = speech_tokens(rows).sum(dim=1), {}, []
+    before, after = (untuned, *as_plain_text(rows, layout)), (tuned, rows, response_tokens(rows))
+    for stage, (models, sequences, scored) in (("before", before), ("after", after)):
         options = {"n_samples": n_samples, "maskable": scored, "generator": torch.Generator().manual_seed(0)}
         nats["LLaDA", stage] = low_noise_nelbo(models["LLaDA"], sequences, H.MASK_ID, **options).cpu()
         nats["AR", stage] = H.ar_nll(models["AR"], sequences, H.START_ID, counted=scored).cpu()
-    lines = []
     for name in ("LLaDA", "AR"):
         nats[name, "after − before"] = nats[name, "after"] - nats[name, "before"]
         for stage in ("before", "after", "after − before"):
@@ -237,46 +186,37 @@ def sft_table(untuned: dict, tuned: dict, rows: Tensor, layout: Layout, n_sample
     return pd.DataFrame(lines)
 
 
+def respond(model, rows: Tensor, given: int, *, w: float = 0.0, forbidden=(H.PAD_ID, H.START_ID), **options) -> Tensor:
+    """What a model writes after the first `given` tokens of each row, at temperature 1: LongTensor[N, L - given].
+
+    LLaDA commits two tokens a pass, in random order unless `options` say otherwise, under guidance of strength w (Eq. 16).
+    """
+    device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else rows.device
+    template = rows.masked_fill(torch.arange(rows.shape[1]) >= given, H.MASK_ID).to(device)
+    options |= {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
+    if getattr(getattr(model, "config", None), "causal", False):
+        options |= {"start_id": H.START_ID, "forbidden": (H.MASK_ID, *forbidden)}
+        return H.generate_ar(model, template[:, :given], rows.shape[1] - given, **options).ids[:, given:]
+    options = {"remasking": "random", "steps": (rows.shape[1] - given) // 2, "forbidden": forbidden, **options}
+    return H.reverse_process(guided(model, template[:1] != H.MASK_ID, w), template, mask_id=H.MASK_ID, **options).ids[:, given:]
+
+
 def sample_answers(untuned: dict, tuned: dict, rows: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Answers to the prompts of `rows` at temperature 1: LongTensor[N, answer_len] by decoder, one longer before tuning.
+    """Answers to the prompts of `rows`: LongTensor[N, answer_len] by decoder, one longer before tuning.
 
     Low-confidence remasking is surest of [END] and cuts answers short; the paper's two ways out (its appendix B.4) are to commit
     [END] last ("late"), or to decode in blocks from the left.
-
-    >>> layout = Layout(H.CharTokenizer.from_text("ab"), 16)
-    >>> blank = lambda ids: torch.zeros(*ids.shape, 6)
-    >>> causal = H.Transformer(H.ModelConfig(6, 16, n_layer=1, n_head=1, n_embd=4, causal=True)).eval()
-    >>> rows = instruction_rows([("aaaaa", "b")], layout.tokenizer, 16, 5)
-    >>> made = sample_answers(models := {"LLaDA": blank, "AR": causal}, models, rows, layout)
-    >>> {ids.shape[1] for ids in made.values()}, bool((made["AR, before tuning"] == H.END_ID).any())
-    ({10, 11}, False)
     """
-    never, start = (H.PAD_ID, H.START_ID), layout.prompt_len + 1
-    device = next(tuned["AR"].parameters()).device
-    asked = rows.masked_fill(torch.arange(layout.seq_len) >= start, H.MASK_ID).to(device)
-    plain = torch.cat((asked[:, : start - 1], torch.full_like(asked[:, start - 1 :], H.MASK_ID)), dim=1)
-
-    def by_llada(model, template: Tensor, remasking="random", forbidden=never, **options) -> Tensor:
-        options |= {"mask_id": H.MASK_ID, "steps": layout.answer_len // 2, "temperature": 1.0}
-        generator = torch.Generator().manual_seed(0)
-        made = H.reverse_process(model, template, remasking=remasking, forbidden=forbidden, generator=generator, **options)
-        return made.ids[:, template[0].ne(H.MASK_ID).sum() :]
-
-    def by_ar(model, prompt: Tensor, forbidden=never) -> Tensor:
-        options = {"forbidden": (*forbidden, H.MASK_ID), "generator": torch.Generator().manual_seed(0)}
-        length = layout.seq_len - prompt.shape[1]
-        return H.generate_ar(model, prompt, length, start_id=H.START_ID, **options).ids[:, prompt.shape[1] :]
-
-    llada, no_end = tuned["LLaDA"], (*never, H.END_ID)
-    last = late("low_confidence", (H.END_ID,))
+    start, no_end = layout.prompt_len + 1, (H.PAD_ID, H.START_ID, H.END_ID)
+    llada = functools.partial(respond, tuned["LLaDA"], rows, start)
     return {
-        "LLaDA, random": by_llada(llada, asked),
-        "LLaDA, low-confidence": by_llada(llada, asked, "low_confidence"),
-        "LLaDA, low-confidence, late": by_llada(llada, asked, last),
-        "LLaDA, low-confidence, blocks": by_llada(llada, asked, "low_confidence", block_length=layout.answer_len // 5),
-        "LLaDA, before tuning": by_llada(untuned["LLaDA"], plain, forbidden=no_end),
-        "AR": by_ar(tuned["AR"], asked[:, :start]),
-        "AR, before tuning": by_ar(untuned["AR"], asked[:, : start - 1], no_end),
+        "LLaDA, random": llada(),
+        "LLaDA, low-confidence": llada(remasking="low_confidence"),
+        "LLaDA, low-confidence, late": llada(remasking=late("low_confidence", (H.END_ID,))),
+        "LLaDA, low-confidence, blocks": llada(remasking="low_confidence", block_length=layout.answer_len // 5),
+        "LLaDA, before tuning": respond(untuned["LLaDA"], rows, start - 1, forbidden=no_end),
+        "AR": respond(tuned["AR"], rows, start),
+        "AR, before tuning": respond(untuned["AR"], rows, start - 1, forbidden=no_end),
     }
 
 
@@ -284,45 +224,122 @@ def answer_lengths(answers: dict[str, Tensor], rows: Tensor, layout: Layout) -> 
     """Characters before the end, by decoder, float[N]; NaN for what did not end properly. First "real", the speeches of `rows`.
 
     Properly means: with an empty line before tuning, afterwards with an [END] and nothing but [END] behind it.
-
-    >>> layout = Layout(H.CharTokenizer.from_text("ab"), 8)
-    >>> made = {"AR": torch.tensor([[4, 5, 3, 3], [4, 3, 5, 3], [4, 4, 4, 4]])}
-    >>> {name: lengths.tolist() for name, lengths in answer_lengths(made, torch.tensor([[4, 2, 4, 3]]), layout).items()}
-    {'real': [1.0], 'AR': [2.0, nan, nan]}
     """
-    decode = layout.tokenizer.decode
 
     def length(said: Tensor, name: str) -> float:
         if "before" in name:
-            found = decode(said).find(layout.known("\n\n"))
+            found = layout.tokenizer.decode(said).find(layout.known("\n\n"))
             return found if found >= 0 else np.nan
         n = int((said == H.END_ID).cumsum(dim=0).eq(0).sum())
         return n if n < len(said) and bool((said[n:] == H.END_ID).all()) else np.nan
 
-    real = {"real": speech_tokens(rows).sum(dim=1).numpy().astype(float)}
+    real = {"real": speech_tokens(rows).sum(dim=1).cpu().numpy().astype(float)}
     return real | {name: np.array([length(said, name) for said in ids.cpu()], float) for name, ids in answers.items()}
 
 
-def answers_table(answers: dict[str, Tensor], lengths: dict[str, np.ndarray], layout: Layout) -> pd.DataFrame:
-    """Do answers end, and are they as long as real ones? Shares of all answers, mean length of those that end properly.
-
-    The last column is the largest distance between the two distribution functions of length (Kolmogorov-Smirnov).
-
-    >>> layout = Layout(H.CharTokenizer.from_text("ab"), 8)
-    >>> made, real = {"AR": torch.tensor([[4, 5, 3, 3], [4, 4, 4, 4]])}, np.array([2.0])
-    >>> table = answers_table(made, {"real": real, "AR": np.array([2.0, np.nan])}, layout)
-    >>> table[["row", "ended properly", "has an end", "mean length"]].to_numpy().tolist()
-    [['real', 1.0, nan, 2.0], ['AR', 0.5, 0.5, 2.0]]
-    """
-    at, lines = np.arange(layout.answer_len)[:, None], []
+def answers_table(answers: dict[str, Tensor], lengths: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Do answers end, and are they as long as real ones? Shares of all answers, mean length of those that end properly."""
+    lines = []
     for name, values in lengths.items():
-        ended = values[~np.isnan(values)]
-        rate, half = H.share(~np.isnan(values))
-        line = {"row": name, "ended properly": rate, "ended ±": half}
+        ended, (rate, half) = values[~np.isnan(values)], H.share(~np.isnan(values))
+        lines.append({"row": name, "ended properly": rate, "ended ±": half})
         if name in answers and "before" not in name:
-            line["has an end"] = (answers[name] == H.END_ID).any(dim=1).float().mean().item()
+            lines[-1]["has an end"] = (answers[name] == H.END_ID).any(dim=1).float().mean().item()
         if len(ended):
-            line |= {"mean length": ended.mean(), "length ±": H.half_width(ended)}
-            line["largest gap to real"] = np.abs((ended <= at).mean(axis=1) - (lengths["real"] <= at).mean(axis=1)).max()
-        lines.append(line)
+            lines[-1] |= {"mean length": ended.mean(), "length ±": H.half_width(ended)}
+    return pd.DataFrame(lines)
+
+
+def quiz(talk: Talk, trained: Talk, layout: Layout, count: int) -> Talk:
+    """Speeches of the four speakers with the most in both talks, `count` each or equally fewer: full prompts, cut to the room.
+
+    >>> layout, talk = Layout(H.CharTokenizer.from_text("AB:\\n hi"), 16), [("hi hi", who, "hi") for who in "ABBC"]
+    >>> quiz(talk, talk[:3], layout, count=9)
+    [('hi hi', 'B', 'hi'), ('hi hi', 'A', 'hi')]
+    """
+    room = layout.answer_len - 1
+    full = [(before, who, speech[:room]) for before, who, speech in talk if len(before) >= layout.prompt_len]
+    four = (Counter(who for _, who, _ in full) & Counter(who for _, who, _ in trained)).most_common(4)
+    spoken = [[turn for turn in full if turn[1] == name] for name, _ in four]
+    count = min([count, *map(len, spoken)])
+    return [turns[i] for turns in spoken for i in np.linspace(0, len(turns) - 1, count).astype(int)]
+
+
+def name_nats(model: H.MaskPredictor, names: list[str], asked: Talk, layout: Layout, n_samples: int = 0) -> np.ndarray:
+    """-log p(speech | name), float[N, names]: Eq. 6 with the name in the prompt, one mask for all; AR, exact, needs none."""
+    costs, generator = [], torch.Generator().manual_seed(0)
+    for before, _, speech in asked:
+        rows = layout.rows([(before, name, speech[: layout.answer_len - 1]) for name in names])
+        spoken = speech_tokens(rows)
+        if n_samples:
+            options = {"n_samples": n_samples, "maskable": spoken, "common_masks": True, "generator": generator}
+            costs.append(low_noise_nelbo(model, rows, H.MASK_ID, **options))
+        else:
+            costs.append(H.ar_nll(model, rows, H.START_ID, counted=spoken))
+    return torch.stack(costs).cpu().numpy()
+
+
+def by_characters(names: list[str], asked: Talk, trained: Talk) -> np.ndarray:
+    """The baseline, naive Bayes: nats of each speech by each speaker's own frequencies of characters, float[N, names].
+
+    >>> by_characters(["A", "B"], [("", "A", "xx")], [("", "A", "xxx"), ("", "B", "yyy")]).argmin(axis=1).tolist()
+    [0]
+    """
+    alphabet = {c for *_, speech in [*asked, *trained] for c in speech}
+    bags = [Counter("".join(speech for _, who, speech in trained if who == name)) for name in names]
+    costs = [{c: -np.log((bag[c] + 1) / (sum(bag.values()) + len(alphabet))) for c in alphabet} for bag in bags]
+    return np.array([[sum(cost[c] for c in speech) for cost in costs] for *_, speech in asked])
+
+
+def ahead(costs: np.ndarray, names: list[str], asked: Talk) -> np.ndarray:
+    """By how many nats the right name is ahead of the mean of the others, float[N], from costs [N, names].
+
+    >>> ahead(np.array([[1.0, 2.0, 4.0]]), ["A", "B", "C"], [("", "A", "hi")]).tolist()
+    [2.0]
+    """
+    own = costs[np.arange(len(asked)), [names.index(who) for _, who, _ in asked]]
+    return (costs.sum(axis=1) - own) / (len(names) - 1) - own
+
+
+def speakers_table(tuned: dict, quizzes: dict[str, Talk], trained: Talk, layout: Layout, n_samples: int) -> pd.DataFrame:
+    """Which speaker makes a speech likeliest? How often it is the right one, and by how many nats that is ahead of the others.
+
+    A quiz between fewer than two speakers is left out, and a sentence says so.
+    """
+    lines = [{"row": "chance", "share": 0.25}]
+    for title, asked in quizzes.items():
+        names = list(dict.fromkeys(who for _, who, _ in asked))
+        if len(names) < 2:
+            print(f"{title}: left out, the text is too short for two speakers in both of its parts")
+            continue
+        costs = {"characters counted": by_characters(names, asked, trained)}
+        costs["LLaDA, the speech"] = name_nats(tuned["LLaDA"], names, asked, layout, n_samples)
+        costs["AR, the speech"] = name_nats(tuned["AR"], names, asked, layout)
+        for method, cost in costs.items():
+            share, half = H.share([names[i] == who for i, (_, who, _) in zip(cost.argmin(axis=1), asked)])
+            odds, line = ahead(cost, names, asked), {"row": f"{method}, {title}", "share": share, "share ±": half}
+            line |= {"log odds, nats": odds.mean(), "log odds, nats ±": H.half_width(odds)}
+            lines.append(line | {"speeches": len(asked), "speakers": ", ".join(names)})
+    return pd.DataFrame(lines)
+
+
+def guidance_table(tuned: dict, talk: Talk, real: Talk, layout: Layout, count: int, strengths=(0.0, 1.0, 4.0)) -> pd.DataFrame:
+    """By how many nats AR holds the right name ahead, of LLaDA's answers under guidance (Eq. 16) by strength w, and of `real`.
+
+    `count` answers to speeches of `talk` that fill the prompt, as the speakers of `real` in turns; "minus w = 0" is paired.
+    """
+    names, lines = list(dict.fromkeys(who for _, who, _ in real)), []
+    befores = [before for before, *_ in talk if len(before) >= layout.prompt_len]
+    asked = [(befores[i * len(befores) // count], names[i % len(names)], "") for i in range(count)]
+    told, odds = {None: real}, {}
+    for w in strengths:
+        made = respond(tuned["LLaDA"], layout.rows(asked), layout.prompt_len + 1, w=w)
+        told[w] = [(before, who, layout.tokenizer.decode(ids)) for (before, who, _), ids in zip(asked, made)]
+    for w, said in told.items():
+        odds[w] = ahead(name_nats(tuned["AR"], names, said, layout), names, said)
+        columns = {"log odds, nats": odds[w], "characters": [len(speech) for *_, speech in said]}
+        if w is not None:
+            columns["minus w = 0"] = odds[w] - odds[strengths[0]]
+        lines.append({"row": "real speeches" if w is None else f"w = {w}", "w": w, "answers": len(said)})
+        lines[-1] |= {k: v for key, x in columns.items() for k, v in ((key, np.mean(x)), (f"{key} ±", H.half_width(x)))}
     return pd.DataFrame(lines)

@@ -1,7 +1,9 @@
-"""The reversal curse (Berglund et al. 2023, arXiv:2309.12288) on invented facts: told in one direction, asked in the other."""
+"""Asked against the direction of reading: the reversal curse (Berglund et al. 2023, arXiv:2309.12288), and which text precedes.
 
-from __future__ import annotations
+Invented facts are told in one direction and asked in the other; of four pieces of text one follows, or precedes, what is given.
+"""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
+from beyond.likelihood import choose
+from beyond.quality import SPECIAL
 from beyond.toy import WordTokenizer
 
 SIZES = {"smoke": (2, 40, 2), "cpu": (30, 1000, 2), "gpu": (80, 2000, 3)}  # facts per group, steps, seeds
-SIZES["cpu_long"] = SIZES["cpu"]
+ITEMS = {"smoke": (12, (1, 2)), "cpu": (240, (1, 4, 16)), "gpu": (400, (1, 4, 16))}  # questions, masks per option for LLaDA
+SIZES["cpu_long"], ITEMS["cpu_long"] = SIZES["cpu"], ITEMS["cpu"]
 
 # fmt: off
 FIRST = (
@@ -28,19 +33,12 @@ ROLES = (
 
 
 class Facts(NamedTuple):
-    """Sentences about invented people, in words, each person's in both directions; one row per fact.
-
-    `told` says what is trained on: "forwards", "backwards" or "both".
-
-    >>> facts = invented_facts(per_group=2, seed=0)
-    >>> Facts._fields, facts.told.tolist(), len(facts.training_rows())
-    (('tokenizer', 'forwards', 'backwards', 'told'), ['forwards', 'forwards', 'backwards', 'backwards', 'both', 'both'], 8)
-    """
+    """Sentences about invented people, in words, each person's in both directions; one row per fact."""
 
     tokenizer: WordTokenizer
     forwards: Tensor  # LongTensor[F, 7], "X is the Y of Z ."
     backwards: Tensor  # LongTensor[F, 7], "the Y of Z is X ."
-    told: np.ndarray  # [F] of str
+    told: np.ndarray  # [F] of str, what is trained on: "forwards", "backwards" or "both"
 
     def training_rows(self) -> Tensor:
         """LongTensor[N, 7]: each fact in the direction, or the directions, in which it is told."""
@@ -62,8 +60,7 @@ def invented_facts(per_group: int, seed: int) -> Facts:
     rng = np.random.default_rng(seed)
     names = [a + b for a in FIRST for b in LAST]
     count = 3 * per_group
-    if not 0 < count <= len(names):
-        raise ValueError(f"per_group={per_group}: pass 1 to {len(names) // 3}, there are {len(names)} names")
+    H._refuse(not 0 < count <= len(names), f"per_group={per_group}: pass 1 to {len(names) // 3}, there are {len(names)} names")
     names = rng.permutation(names)[:count]
     described = [(ROLES[i % len(ROLES)], PLACES[i // len(ROLES)]) for i in rng.permutation(len(ROLES) * len(PLACES))[:count]]
     tokenizer = WordTokenizer.from_text([*names, *ROLES, *PLACES, "is", "the", "of", "."])
@@ -73,14 +70,7 @@ def invented_facts(per_group: int, seed: int) -> Facts:
 
 
 def train_on_facts(facts: Facts, causal: bool, steps: int, seed: int, root: str = "."):
-    """A small LLaDA or AR model that has learned what is told of `facts`; `root` is that of `train`.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     model = train_on_facts(invented_facts(per_group=1, seed=0), causal=True, steps=2, seed=0, root=folder)
-    >>> model.config.causal, model.config.seq_len
-    (True, 7)
-    """
+    """A small LLaDA or AR model that has learned what is told of `facts`; `root` is that of `train`."""
     rows = facts.training_rows()
     shape = H.ModelConfig(facts.tokenizer.vocab_size, rows.shape[1], n_layer=2, n_head=4, n_embd=96, causal=causal)
     job = H.Job(shape, H.TrainConfig(steps, 64, evals=2, seed=seed), rows, rows)
@@ -111,14 +101,7 @@ OTHER = {"forwards": "backwards", "backwards": "forwards"}
 
 
 def reversal_table(per_group: int, steps: int, seeds: int, root: str = ".") -> pd.DataFrame:
-    """Exact match as told, reversed and told both ways, for LLaDA and AR; each seed has its own facts and weights.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     table = reversal_table(per_group=1, steps=1, seeds=1, root=folder)
-    >>> table["row"].tolist()[:3:2], len(table), table["questions"].unique().tolist()
-    (['LLaDA, as told, X is the ...', 'AR, as told, X is the ...'], 12, [1])
-    """
+    """Exact match as told, reversed and told both ways, for LLaDA and AR; each seed has its own facts and weights."""
     hits = []
     for seed in range(seeds):
         facts = invented_facts(per_group, seed)
@@ -136,4 +119,89 @@ def reversal_table(per_group: int, steps: int, seeds: int, root: str = ".") -> p
                 rate, half = H.share(part["right"])
                 line = {"row": f"{name}, {way}, {question}", "model": name, "way": way, "question": question}
                 lines.append(line | {"exact match": rate, "95% ±": half, "questions": len(part)})
+    return pd.DataFrame(lines)
+
+
+class Quiz(NamedTuple):
+    """Questions with four answers each, of which the first is the true one."""
+
+    known: Tensor  # LongTensor[N, C], what is given
+    options: Tensor  # LongTensor[N, 4, A]
+    forward: bool  # does the answer follow what is given, or precede it?
+
+    def texts(self) -> Tensor:
+        """LongTensor[N, 4, C + A]: what is given together with each answer."""
+        known = self.known[:, None].expand(-1, self.options.shape[1], -1)
+        return torch.cat((known, self.options) if self.forward else (self.options, known), dim=-1)
+
+
+def shuffled(text: str, rng: np.random.Generator) -> str:
+    """The same words in another order, the white space where it was.
+
+    >>> shuffled("to be, or\\nnot to be", np.random.default_rng(1))
+    'to to or\\nbe, be not'
+    """
+    parts = re.findall(r"\s+|\S+", text)
+    words = [i for i, part in enumerate(parts) if not part.isspace()]
+    mixed = dict(zip(words, rng.permutation(words)))
+    return "".join(parts[mixed.get(i, i)] for i in range(len(parts)))
+
+
+def make_quiz(rows: Tensor, answer: int, forward: bool, tokenizer: H.CharTokenizer, ar, seed: int = 0) -> Quiz:
+    """A question of each row [N, C + answer]: its last (or, backwards, its first) `answer` characters are asked for.
+
+    The other answers: that of the row before, the truth with its words shuffled, and what the AR model would have written; it
+    cannot write backwards, where that of another row takes its place.
+    """
+    known, truth = (rows[:, :-answer], rows[:, -answer:]) if forward else (rows[:, answer:], rows[:, :answer])
+    rng, other, third = np.random.default_rng(seed), truth.roll(1, dims=0), truth.roll(2, dims=0)
+    if forward:
+        device = next(ar.parameters()).device if isinstance(ar, torch.nn.Module) else rows.device
+        options = {"start_id": H.START_ID, "forbidden": (H.MASK_ID, *SPECIAL), "generator": torch.Generator().manual_seed(seed)}
+        third = H.generate_ar(ar, known.to(device), answer, **options).ids[:, -answer:].to(rows.device)
+    mixed = torch.stack([tokenizer.encode(shuffled(tokenizer.decode(row), rng)) for row in truth])
+    return Quiz(known, torch.stack((truth, other, mixed, third), dim=1), forward)
+
+
+def score_ar(model, quiz: Quiz) -> Tensor:
+    """log p of the whole text with each answer, FloatTensor[N, 4], nats.
+
+    Where the answer follows, what is given adds the same to all four; where it precedes, only whole texts can be compared.
+    """
+    texts = quiz.texts()
+    return -H.ar_nll(model, texts.flatten(0, 1), H.START_ID).view(texts.shape[:2]).cpu()
+
+
+def score_llada(model, quiz: Quiz, n_samples: int) -> Tensor:
+    """Lower bounds on log p(answer | what is given), FloatTensor[N, 4], nats; a question's four share their masks (Eq. 6)."""
+    device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else quiz.known.device
+    scores = []
+    for i, (known, options) in enumerate(zip(quiz.known.to(device), quiz.options.to(device))):
+        prompt, suffix = (known, known[:0]) if quiz.forward else (known[:0], known)
+        how = {"n_samples": n_samples, "suffix": suffix, "generator": torch.Generator().manual_seed(i)}
+        scores.append(choose(model, prompt, list(options), H.MASK_ID, **how)[1])
+    return torch.tensor(scores)
+
+
+def choice_table(models: dict, ids: Tensor, tokenizer: H.CharTokenizer, items: int, samples: tuple, given: int, asked: int):
+    """How often the true text wins among four, which follow, or precede, `given` characters of a text [n]; whom it loses to.
+
+    "minus AR" is paired by question.
+    """
+    rows = ids[: len(ids) // (given + asked) * (given + asked)].view(-1, given + asked)
+    rows, lines = rows[torch.linspace(0, len(rows) - 1, min(items, len(rows))).long()], []
+    for task, forward in (("next", True), ("preceding", False)):
+        quiz = make_quiz(rows, asked, forward, tokenizer, models["AR"])
+        scored = {("AR", "exact"): score_ar(models["AR"], quiz)}
+        scored |= {("LLaDA", k): score_llada(models["LLaDA"], quiz, k) for k in samples}
+        wrong = ("other text", "shuffled words", "AR's own" if forward else "more other text")
+        for (model, k), scores in scored.items():
+            label = {samples[0]: "one sample", samples[-1]: "most samples", "exact": "exact"}.get(k, f"{k} samples")
+            picked = scores.argmax(dim=1)
+            line = {"row": f"{task}, {model}, {label}", "task": task, "model": model, "samples": k}
+            line["accuracy"], line["accuracy ±"] = H.share(picked == 0)
+            apart = (picked == 0).double() - (scored["AR", "exact"].argmax(dim=1) == 0).double()
+            line |= {"minus AR": float(apart.mean()), "minus AR ±": H.half_width(apart.numpy())}
+            lost = {f"picked {name}": float((picked == i).float().mean()) for i, name in enumerate(wrong, start=1)}
+            lines.append(line | {"items": len(scores)} | lost)
     return pd.DataFrame(lines)

@@ -1,9 +1,6 @@
 """Words as tokens, and the tutorials' toy: five sentences to pre-train on, three prompts with responses to tune on."""
 
-from __future__ import annotations
-
 import itertools
-import json
 
 import torch
 from torch import Tensor
@@ -21,49 +18,25 @@ LENGTH = 12
 
 
 class WordTokenizer(H.CharTokenizer):
-    """A tokenizer where words may stand for characters, a list of them is a text, and `special` tokens of one's own come last.
+    """A tokenizer whose texts are lists of words; decoded, spaces stand between them.
 
-    Special tokens are named in lists only: no text spells one.
-
-    >>> words = WordTokenizer.from_text("I love pizza".split(), special=("[SEP]",))
-    >>> words.encode(["I", "[SEP]", "love"]).tolist(), words.decode([4, 7, 6])
-    ([4, 7, 5], 'I pizza')
+    >>> words = WordTokenizer.from_text(["[START]", "I", "love", "pizza"])
+    >>> words.encode(["[START]", "pizza"]).tolist(), words.decode([4, 1, 6, 3])
+    ([2, 6], 'I █ pizza')
     """
 
-    def __init__(self, characters: str | list[str], special: tuple[str, ...] = ()):
-        known = [*H.SPECIAL_TOKENS, *characters, *special]
-        if len(set(known)) < len(known) or not characters or "" in known or len(min(special, key=len, default="ab")) < 2:
-            raise ValueError(f"characters={characters!r}, special={special}: pass distinct ones, special ones of two letters up")
-        super().__init__([*characters, *special])
-        self.characters, self.special = characters, tuple(special)
-        self._shown = [*self._shown[: len(known) - len(special)], *("" for _ in special)]
-
     @classmethod
-    def from_text(cls, text: str | list[str], special: tuple[str, ...] = ()) -> WordTokenizer:
-        found = sorted(set(text).difference(H.SPECIAL_TOKENS, special))
-        return cls("".join(found) if isinstance(text, str) else found, special)
+    def from_text(cls, text: list[str]) -> "WordTokenizer":
+        return cls(sorted(set(text).difference(H.SPECIAL_TOKENS)))
 
     def decode(self, ids) -> str:
-        """Text up to the first [END], with spaces between words; [MASK] is shown as a block, other special tokens are skipped."""
-        shown = [self._shown[i] for i in itertools.takewhile(lambda i: i != H.END_ID, torch.as_tensor(ids).tolist())]
-        return ("" if isinstance(self.characters, str) else " ").join(filter(None, shown))
-
-    def to_json(self) -> str:
-        return json.dumps({"special_tokens": [*H.SPECIAL_TOKENS, *self.special], "characters": self.characters})
-
-    @classmethod
-    def from_json(cls, text: str) -> WordTokenizer:
-        try:
-            made = json.loads(text)
-            (*names,), characters, known = made["special_tokens"], made["characters"], len(H.SPECIAL_TOKENS)
-            if names[:known] != [*H.SPECIAL_TOKENS] or not {type(characters), *map(type, characters)} <= {str, list}:
-                raise TypeError(f"special_tokens={names}, characters={characters}")
-            return cls(characters, tuple(names[known:]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
+        """Text up to the first [END]; [MASK] is shown as a block, other special tokens are skipped."""
+        shown = itertools.takewhile(lambda i: i != H.END_ID, torch.as_tensor(ids).tolist())
+        return " ".join(filter(None, (self._shown[i] for i in shown)))
 
 
-WORDS = WordTokenizer.from_text(" ".join([*SENTENCES, *PAIRS, *PAIRS.values(), *CITIES]).split(), special=("[SEP]",))
+TEXT = " ".join([*SENTENCES, *PAIRS, *PAIRS.values(), *CITIES]).split()
+WORDS = WordTokenizer([*sorted(set(TEXT)), "[SEP]"])
 SEPARATOR = int(WORDS.encode(["[SEP]"]))
 
 
@@ -71,7 +44,7 @@ def row(*parts: str) -> Tensor:
     """LongTensor[LENGTH]: [START], the parts with [SEP] between them, and [END] to the last place.
 
     >>> WORDS.decode(row("Math is fun", "hola"))
-    'Math is fun hola'
+    'Math is fun [SEP] hola'
     """
     ids = WORDS.encode(["[START]", *" [SEP] ".join(parts).split()])
     return F.pad(ids, (0, LENGTH - len(ids)), value=H.END_ID)
@@ -101,7 +74,7 @@ def question(prompt: str) -> Tensor:
     """LongTensor[1, LENGTH]: the prompt, [SEP] and masks.
 
     >>> WORDS.decode(question("Math is fun")[0])
-    'Math is fun █ █ █ █ █ █ █'
+    'Math is fun [SEP] █ █ █ █ █ █ █'
     """
     ids = WORDS.encode(["[START]", *prompt.split(), "[SEP]"])
     return F.pad(ids, (0, LENGTH - len(ids)), value=H.MASK_ID)[None]

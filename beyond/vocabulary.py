@@ -26,8 +26,7 @@ def byte_pairs(text: str, merges: int, alphabet: str = "") -> Tokenizer:
     Words are merged with the space before them, never with each other, and punctuation with its line ends.
 
     Args:
-        text: what the merges are learned from.
-        merges: at most so many; a short text has fewer.
+        text: what at most `merges` merges are learned from; a short text has fewer.
         alphabet: characters to know beyond those of `text`; any other is dropped in silence, as this library does.
 
     >>> pairs = byte_pairs("banana bandana", merges=4)

@@ -1,4 +1,4 @@
-"""Dialogue, rows for fine-tuning, what is learned of them and what comes out."""
+"""Dialogue, rows for fine-tuning, what is learned of them; answers, speakers and guidance, against models known exactly."""
 
 import math
 from dataclasses import replace
@@ -12,12 +12,7 @@ from oracle import END, MASK, PAD, START, WrongPredictor, seeded
 
 import llada_helpers as h
 from beyond import dialogue
-from beyond.decoding import guided
-from beyond.likelihood import choose, low_noise_nelbo
-from beyond.toy import WordTokenizer
-
-SEP = "[SEP]"
-
+from beyond.likelihood import low_noise_nelbo
 
 # --- dialogue ---
 
@@ -65,85 +60,50 @@ def test_the_parts_of_a_split_play_share_no_speech(fraction):
 
 # --- rows for fine-tuning ---
 
-
-def test_layout_of_a_row():
-    tokenizer = h.CharTokenizer.from_text("abcd")
-    rows = dialogue.instruction_rows([("abcd", "dc"), ("a", ""), ("", "abc")], tokenizer, seq_len=8, prompt_len=3)
-    assert rows.tolist() == [[5, 6, 7, START, 7, 6, END, END], [4, START, *[END] * 6], [START, 4, 5, 6, *[END] * 4]]
-    assert rows.dtype == torch.long
+ALPHABET = h.CharTokenizer.from_text("ABCDE:\n hinot.")
+LAYOUT = dialogue.Layout(ALPHABET, 32)
+TURNS = st.lists(st.tuples(st.text("hi no", max_size=30), st.sampled_from("ABCD"), st.text("hi no", max_size=25)), min_size=1)
 
 
-def test_rows_of_words():
-    tokenizer = WordTokenizer.from_text(["Paris", "capital", "of", "France"])
-    (row,) = dialogue.instruction_rows([(["capital", "of", "France"], ["Paris"])], tokenizer, seq_len=6, prompt_len=2)
-    assert row.tolist() == [7, 4, START, 5, END, END]
+@given(TURNS)
+def test_a_row_is_its_prompt_and_its_speech(talk):
+    kept = [turn for turn in talk if len(turn[2]) < LAYOUT.answer_len]
+    assume(kept)
+    rows = LAYOUT.rows(talk)
+    assert len(rows) == len(kept) and rows.shape[1] == 32 and not (rows == PAD).any()
+    for row, learned, (before, who, speech) in zip(rows, dialogue.response_tokens(rows), kept):
+        prompt = f"{before}\n\n{who}:\n"[-LAYOUT.prompt_len :]
+        assert learned.tolist() == [False] * (len(prompt) + 1) + [True] * (31 - len(prompt))
+        assert row[learned].tolist() == [*ALPHABET.encode(speech).tolist(), *[END] * (31 - len(prompt) - len(speech))]
+        assert ALPHABET.decode(row[~learned]) == prompt and row[len(prompt)] == START and row[-1] == END
+        assert int(dialogue.speech_tokens(row[None]).sum()) == len(speech)
 
 
-@pytest.mark.parametrize("room", [1, 2, 5])
-def test_response_must_leave_room_for_one_end(room):
-    tokenizer = h.CharTokenizer.from_text("ab")
-    pairs = [("a", "b" * n) for n in range(8)]
-    rows = dialogue.instruction_rows(pairs, tokenizer, seq_len=3 + room + 2, prompt_len=3)
-    assert [tokenizer.decode(row[2:]) for row in rows] == ["b" * n for n in range(room + 1)]
-    full = dialogue.instruction_rows([("aaaa", "b" * room)], tokenizer, seq_len=3 + room + 2, prompt_len=3)
-    assert full[0].tolist() == [4, 4, 4, START, *[5] * room, END]
+def test_a_speech_must_leave_room_for_one_end():
+    longest = "n" * (LAYOUT.answer_len - 1)
+    assert len(LAYOUT.rows([("", "A", longest), ("", "A", longest + "n")])) == 1
+    with pytest.raises(ValueError, match="pass shorter"):
+        LAYOUT.rows([("", "A", longest + "n")])
 
 
-@pytest.mark.parametrize("seq_len, prompt_len", [(5, 0), (5, -1), (5, 3), (5, 5), (2, 1), (0, 1)])
-def test_rows_without_room_are_refused(seq_len, prompt_len):
-    with pytest.raises(ValueError, match="leave room"):
-        dialogue.instruction_rows([("a", "a")], h.CharTokenizer.from_text("a"), seq_len, prompt_len)
-
-
-@pytest.mark.parametrize("pairs", [[], [("a", "aaaa")], [("", "aaaa"), ("a", "a" * 50)]])
-def test_no_row_at_all_is_refused(pairs):
-    with pytest.raises(ValueError, match="pass pairs"):
-        dialogue.instruction_rows(pairs, h.CharTokenizer.from_text("a"), seq_len=8, prompt_len=3)
-
-
-def test_unknown_characters_of_a_pair_are_named():
-    for pair in (("é", "a"), ("a", "é")):
-        with pytest.raises(ValueError, match="é"):
-            dialogue.instruction_rows([pair], h.CharTokenizer.from_text("a"), seq_len=8, prompt_len=3)
-
-
-@st.composite
-def instructions(draw):
-    """Pairs of texts or of lists of words, a tokenizer, and their rows."""
-    words = draw(st.booleans())
-    one = st.lists(st.sampled_from(["I", "love", "pizza", "2"]), max_size=7) if words else st.text("abc", max_size=7)
-    pairs = draw(st.lists(st.tuples(one, one), min_size=1, max_size=5))
-    tokenizer = WordTokenizer.from_text(["I", "love", "pizza", "2"] if words else "abc", draw(st.sampled_from([(), (SEP,)])))
-    prompt_len, room = draw(st.integers(1, 5)), draw(st.integers(1, 7))
-    assume(any(len(response) <= room for _, response in pairs))
-    rows = dialogue.instruction_rows(pairs, tokenizer, prompt_len + room + 2, prompt_len)
-    return [(p[-prompt_len:], r) for p, r in pairs if len(r) <= room], tokenizer, rows
-
-
-@given(instructions())
-def test_a_row_is_its_prompt_and_its_response(made):
-    pairs, tokenizer, rows = made
-    gap = "" if isinstance(tokenizer.characters, str) else " "
-    assert len(rows) == len(pairs)
-    for row, learned, (prompt, response) in zip(rows, dialogue.response_tokens(rows), pairs):
-        assert learned.tolist() == [False] * (len(prompt) + 1) + [True] * (len(row) - len(prompt) - 1)
-        assert row[learned].tolist() == [*tokenizer.encode(response).tolist(), *[END] * (int(learned.sum()) - len(response))]
-        assert row[-1] == END and not (row == PAD).any()
-        assert tokenizer.decode(row[learned]) == gap.join(response) and tokenizer.decode(row[~learned]) == gap.join(prompt)
+def test_a_prompt_has_what_the_vocabulary_knows():
+    assert LAYOUT.ask("hi", "A") == "hi\n\nA:\n" and LAYOUT.ask("Höi!", "AZ") == "i\n\nA:\n"
+    with pytest.raises(ValueError, match="é"):
+        LAYOUT.rows([("hi", "A", "é")])
 
 
 # --- fine-tuning: the prompt is given ---
 
 
-@given(instructions(), st.integers(0, 10**6))
-def test_what_is_predicted_at_the_prompt_does_not_matter(made, seed):
+@given(TURNS, st.integers(0, 10**6))
+def test_what_is_predicted_at_the_prompt_does_not_matter(talk, seed):
     """Not for the loss, were it NaN there, nor for the gradient, which reaches the response alone."""
-    _, tokenizer, rows = made
-    shape, config = h.ModelConfig(tokenizer.vocab_size, rows.shape[1], 1, 1, 8), h.TrainConfig(1, 4)
+    assume(any(len(speech) < LAYOUT.answer_len for *_, speech in talk))
+    rows, shape, config = LAYOUT.rows(talk), h.ModelConfig(ALPHABET.vocab_size, 32, 1, 1, 8), h.TrainConfig(1, 4)
     for make_batch in (h.diffusion_batch, h.next_token_batch):
         batch = h.training_batch(h.Job(shape, config, rows, rows, make_batch, dialogue.response_tokens), seed)
         prompt = ~dialogue.response_tokens(batch[1])
-        logits = torch.randn(*prompt.shape, tokenizer.vocab_size, generator=seeded(seed)).requires_grad_()
+        logits = torch.randn(*prompt.shape, ALPHABET.vocab_size, generator=seeded(seed)).requires_grad_()
         loss = h.weighted_nll(lambda _, logits=logits: logits, *batch)
         loss.backward()
         assert (logits.grad[prompt] == 0).all() and torch.equal((logits.grad != 0).any(dim=-1), batch[2] > 0)
@@ -173,10 +133,8 @@ def test_another_separator_ends_the_prompt(lengths, seed):
 @pytest.mark.parametrize("bound", [h.nelbo, low_noise_nelbo])
 @pytest.mark.parametrize("n_samples", [1, 5, 40])
 def test_bound_never_shows_a_masked_prompt(bound, n_samples):
-    tokenizer = h.CharTokenizer.from_text("abcd")
-    pairs = [("abc", "dd"), ("b", ""), ("ddda", "abca"), ("", "c")]
-    rows = dialogue.instruction_rows(pairs, tokenizer, seq_len=11, prompt_len=4)
-    learned, seen, wrong = dialogue.response_tokens(rows), [], WrongPredictor(tokenizer.vocab_size, longest=11)
+    rows = LAYOUT.rows([("hi no", "A", "no"), ("", "B", ""), ("hi hi hi hi", "C", "hi no hi."), ("i", "D", "i")])
+    learned, seen, wrong = dialogue.response_tokens(rows), [], WrongPredictor(ALPHABET.vocab_size, longest=32)
 
     def spy(ids):
         seen.append(ids)
@@ -213,9 +171,6 @@ def test_response_is_cut_at_its_first_end(response, shown):
 
 # --- layout, and what tuning brings ---
 
-ALPHABET = h.CharTokenizer.from_text("ABCDE:\n hino.")
-LAYOUT = dialogue.Layout(ALPHABET, 32)
-
 
 @pytest.mark.parametrize("preset", h.PRESETS.values(), ids=h.PRESETS)
 def test_layouts_of_the_presets_fit_and_can_be_decoded_in_blocks(preset):
@@ -223,41 +178,33 @@ def test_layouts_of_the_presets_fit_and_can_be_decoded_in_blocks(preset):
     assert layout.prompt_len + 1 + layout.answer_len == preset.seq_len
     block = layout.answer_len // 5
     assert layout.answer_len % block == 0 and (layout.answer_len // 2) % (layout.answer_len // block) == 0
-    assert dialogue.SIZES[preset.name].guided % h.GROUPS == 0
-
-
-def test_a_prompt_has_what_the_vocabulary_knows():
-    assert LAYOUT.ask("hi", "A") == "hi\n\nA:\n" and LAYOUT.ask("Höi!", "AZ") == "i\n\nA:\n"
-    (row,) = LAYOUT.rows([("hi hi hi hi hi", "B", "no.")])
-    assert ALPHABET.decode(row) == " hi hi\n\nB:\nno." and (row == START).nonzero().tolist() == [[LAYOUT.prompt_len]]
-    longest = "n" * (LAYOUT.answer_len - 1)
-    assert len(LAYOUT.rows([("", "A", longest), ("", "A", longest + "n")])) == 1
+    assert dialogue.SIZES[preset.name].guided >= 4
 
 
 def test_a_text_without_speakers_is_cut_into_turns():
     text = "hi no. " * 40
-    train, val, test = dialogue.talks(text, text[: 4 * LAYOUT.answer_len], text, LAYOUT)
+    train, val, test = dialogue.talks((text, text[: 4 * LAYOUT.answer_len], text), LAYOUT)
     assert [speech for *_, speech in train[:-1]] == [before for before, *_ in train[1:]]
     assert "".join([train[0][0], *(speech for *_, speech in train)]) == text[: len(train[0][0]) * (len(train) + 1)]
     assert len({who for _, who, _ in train}) == 4 and len(LAYOUT.rows(train)) == len(train) and val and test == train
 
 
 def test_three_speakers_are_no_play():
-    play = "\n\n".join(f"{who}:\nhi no." for who in "ABCABC")
+    play = "\n\n".join(f"{who}:\nhi no. hi no." for who in "ABCABC")
     four = f"{play}\n\nD:\nno"
     untested = (four, four, "hi no. " * 9), (four, four, "Z:\nhi no.")  # by no speech that fits
     for texts in ((play, four, four), (four, play, four), *untested):
-        assert dialogue.talks(*texts, LAYOUT)[0][0] != ("", "A", "hi no.")
+        assert dialogue.talks(texts, LAYOUT)[0][0] != ("", "A", "hi no. hi no.")
     others = four.replace("A", "Z")  # may speak in the test text
     for texts in ((four, four, four), (four, four, play), (four, four, others)):
-        assert dialogue.talks(*texts, LAYOUT) == tuple(map(dialogue.dialogue, texts))
+        assert dialogue.talks(texts, LAYOUT) == [*map(dialogue.dialogue, texts)]
 
 
 @pytest.mark.parametrize("speech", ["no", "no " * 9], ids=["prompts too short", "answers too long"])
 def test_a_play_without_a_usable_speech_is_cut_into_turns(speech):
     """Whatever the speeches are like, there are rows to train on and full prompts to ask with."""
     play = "\n\n".join(f"{who}:\n{speech}" for who in "ABCD" * 9)
-    for talk in dialogue.talks(play, play, play, LAYOUT):
+    for talk in dialogue.talks((play, play, play), LAYOUT):
         rows = LAYOUT.rows(talk)
         assert len(rows) == len(talk) and len(dialogue.full_prompts(rows, LAYOUT, 3)) == 3
 
@@ -266,8 +213,12 @@ def test_a_play_without_a_usable_speech_is_cut_into_turns(speech):
 def test_the_shortest_text_that_is_not_refused_has_an_exchange(preset):
     layout = dialogue.Layout(ALPHABET, preset.seq_len)
     long = "hi no. " * preset.seq_len
-    for talk in dialogue.talks(long, long[: preset.seq_len], long[: preset.seq_len], layout)[1:]:
+    for talk in dialogue.talks((long, long[: preset.seq_len], long[: preset.seq_len]), layout)[1:]:
         assert len(talk) == 1 and len(dialogue.full_prompts(layout.rows(talk), layout, 8)) == 1
+
+
+def blank(ids: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*ids.shape, ALPHABET.vocab_size)
 
 
 ROWS = LAYOUT.rows([("hi hi hi hi hi", who, speech) for who, speech in zip("ABCD", ("no.", "", "hi hi", "no no no"))])
@@ -285,10 +236,6 @@ def test_the_same_speeches_as_plain_text():
 
 def test_table_of_tuning_scores_the_same_event():
     """With predictors that find all tokens alike: two for the empty line before, all places from the speech's first on after."""
-
-    def blank(ids):
-        return torch.zeros(*ids.shape, ALPHABET.vocab_size)
-
     models = {"LLaDA": blank, "AR": blank}
     table = dialogue.sft_table(models, models, ROWS, LAYOUT, 3).set_index("row")
     spoken = sum(map(len, ("no.", "", "hi hi", "no no no")))
@@ -325,77 +272,82 @@ def test_only_answers_with_nothing_behind_their_end_have_a_length():
     assert lengths["real"].tolist() == [1]
     for name, (_, expected) in ENDS.items():
         assert [None if math.isnan(x) else x for x in lengths[name]] == expected
-    table = dialogue.answers_table(made, lengths, layout).set_index("row")
+    table = dialogue.answers_table(made, lengths).set_index("row")
     assert table.loc["AR", ["ended properly", "has an end"]].tolist() == pytest.approx([0.6, 0.8])
     assert table.loc["AR", "mean length"] == pytest.approx(5 / 3)
     assert table.loc["AR, before tuning", "ended properly"] == pytest.approx(2 / 3)
     assert table.loc["AR", "ended ±"] == pytest.approx(h.share([1, 1, 1, 0, 0])[1])
-    assert table.loc["real", "largest gap to real"] == 0 and table.loc["AR", "largest gap to real"] == pytest.approx(2 / 3)
 
 
-# --- five sentences, three instructions: a whole training ---
+# --- speakers, and guidance ---
 
-SENTENCES = ["I love pizza", "I love sushi", "You love pizza", "Math is fun", "Transformers are powerful"]
-ANSWERS = {
-    "Solve : 2 + 2 =": "4",
-    "Translate : hello -> Spanish": "hola",
-    "What is the capital of France ?": "Paris",
-}
-TOY_LEN = 12
-TOY = WordTokenizer.from_text(" ".join([*SENTENCES, *ANSWERS, *ANSWERS.values(), "London", "Berlin"]).split(), special=(SEP,))
-SEP_ID = int(TOY.encode([SEP]))
+NAMES, WORDS = ["A", "B", "C", "D"], {"A": "hi", "B": "no", "C": "to", "D": "t."}
+TALK = [("hi hi hi hi", who, " ".join([WORDS[who]] * n)) for n in (1, 2, 3) for who in NAMES]
 
 
-def toy_row(words):
-    return TOY.encode([*words, *["[END]"] * (TOY_LEN - len(words))])
+def knows_who(ids: torch.Tensor) -> torch.Tensor:
+    """After [START] each speaker's own letters are likely, if the name before it is seen; for AR's inputs and LLaDA's alike."""
+    logits = torch.zeros(*ids.shape, ALPHABET.vocab_size)
+    letters = {int(ALPHABET.encode(who)): ALPHABET.encode(word) for who, word in WORDS.items()}
+    for row, logit in zip(ids, logits):
+        for start in (row == START).nonzero()[-1:, 0].tolist():  # the last: AR's inputs begin with another one
+            for name in letters.keys() & set(row[max(0, start - 3) : start].tolist()):
+                logit[start:, letters[name]] += 2.0
+    return logits
 
 
-def toy_responses(rows):
-    return dialogue.response_tokens(rows, separator=SEP_ID)
+def test_a_quiz_asks_about_four_equally_often_after_full_prompts():
+    more = [*TALK, ("hi hi hi hi", "E", "hi"), *[("hi hi hi hi", "F", "no")] * 5, *[("hi", "G", "hi")] * 9]
+    assert dialogue.quiz(more, TALK, LAYOUT, 9) == sorted(TALK, key=lambda turn: turn[1])
+    assert [who for _, who, _ in dialogue.quiz(more, more, LAYOUT, 2)] == list("FFAABBCC")
+    assert [speech for *_, speech in dialogue.quiz(TALK, TALK, LAYOUT, 2)][:2] == ["hi", "hi hi hi"]
+    assert dialogue.quiz([("hi hi hi hi", "A", "no" * 40)], TALK, LAYOUT, 1)[0][2] == ("no" * 40)[: LAYOUT.answer_len - 1]
+    assert dialogue.quiz(TALK[:1], [("", "E", "hi")], LAYOUT, 5) == []
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """The model after pre-training, and after fine-tuning."""
-    root = tmp_path_factory.mktemp("toy")
-    sentences = torch.stack([toy_row(["[START]", *text.split()]) for text in SENTENCES])
-    instructions = torch.stack([toy_row(["[START]", *q.split(), SEP, a]) for q, a in ANSWERS.items()])
-    shape = h.ModelConfig(TOY.vocab_size, TOY_LEN, n_layer=2, n_head=2, n_embd=32)
-    config = h.TrainConfig(steps=400, batch_size=16, evals=2)
-    first = h.train("sentences", h.Job(shape, config, sentences, sentences), root=root, quiet=True)
-    job = h.Job(shape, config, instructions, instructions, learned=toy_responses, start=first.model)
-    return first, h.train("instructions", job, root=root, quiet=True)
+@pytest.mark.parametrize("n_samples", [0, 8])
+def test_who_knows_the_speakers_tells_them_apart(n_samples):
+    costs = dialogue.name_nats(knows_who, NAMES, TALK, LAYOUT, n_samples)
+    assert costs.argmin(axis=1).tolist() == [0, 1, 2, 3] * 3
+    assert (dialogue.ahead(costs, NAMES, TALK) > 0).all()
+    none = dialogue.name_nats(blank, NAMES, TALK, LAYOUT, n_samples)
+    spoken = np.array([len(speech) for *_, speech in TALK])[:, None]
+    assert none == pytest.approx(np.broadcast_to(spoken * math.log(ALPHABET.vocab_size), (12, 4)), rel=1e-5)
 
 
-def asked(question):
-    head = TOY.encode(["[START]", *question.split(), SEP])
-    return torch.cat((head, torch.full((TOY_LEN - len(head),), MASK)))[None], len(head)
+def test_the_baseline_counts_characters():
+    asked = [("", who, word * 2) for who, word in WORDS.items()]
+    assert dialogue.by_characters(NAMES, asked, TALK).argmin(axis=1).tolist() == [0, 1, 2, 3]
+    sums = sum(np.exp(-dialogue.by_characters(NAMES, [("", "A", c)], TALK)) for c in "hinot. ")
+    assert sums == pytest.approx(np.ones((1, 4)))
 
 
-def test_pretraining_fills_a_sentence(toy):
-    template = toy_row(["[START]", "Math", "is", "[MASK]"])[None]
-    made = h.reverse_process(toy[0].model, template, mask_id=MASK, steps=1)
-    assert TOY.decode(made.ids[0]) == "Math is fun"
+def test_table_of_speakers(capsys):
+    """A quiz without two speakers is left out, and says so: the shortest texts have one exchange to validate on."""
+    models = {"LLaDA": knows_who, "AR": knows_who}
+    table = dialogue.speakers_table(models, {"held out": TALK[:1], "seen": TALK}, TALK, LAYOUT, 8).set_index("row")
+    assert capsys.readouterr().out.startswith("held out: left out, the text is too short")
+    assert table.loc["chance", "share"] == 0.25 and len(table) == 4
+    for method in ("characters counted", "LLaDA, the speech", "AR, the speech"):
+        line = table.loc[f"{method}, seen"]
+        assert line["share"] == 1 and line["log odds, nats"] > 0 and line["speeches"] == 12
+        assert line["share ±"] == pytest.approx(h.share([1] * 12)[1]) and line["speakers"] == "A, B, C, D"
 
 
-@pytest.mark.parametrize("question", ANSWERS)
-@pytest.mark.parametrize("steps", [1, None])
-def test_fine_tuned_model_answers(toy, question, steps):
-    template, head = asked(question)
-    steps = steps or TOY_LEN - head
-    before, after = (h.reverse_process(run.model, template, mask_id=MASK, steps=steps) for run in toy)
-    assert TOY.decode(after.ids[0, head:]) == ANSWERS[question] != TOY.decode(before.ids[0, head:])
-    assert torch.equal(after.ids[:, :head], template[:, :head]) and (after.order[:, :head] == -1).all()
-    assert (after.ids[0, head + 1 :] == END).all()
+def test_guidance_says_more_of_what_the_name_says():
+    """The right name is the further ahead, the stronger it is; the answers are a function of the seed."""
+    models = {"LLaDA": knows_who, "AR": knows_who}
+    tables = [dialogue.guidance_table(models, TALK, TALK, LAYOUT, 16, strengths=(0.0, 4.0)) for _ in range(2)]
+    table = tables[0].set_index("row")
+    assert tables[0].equals(tables[1]) and table.index.tolist() == ["real speeches", "w = 0.0", "w = 4.0"]
+    line = table.loc["w = 4.0"]
+    assert line["minus w = 0"] > line["minus w = 0 ±"] > 0 and line["answers"] == 16
+    assert line["log odds, nats"] - table.loc["w = 0.0", "log odds, nats"] == pytest.approx(line["minus w = 0"])
+    assert table.loc["real speeches", "log odds, nats"] > 0 and math.isnan(table.loc["real speeches", "minus w = 0"])
 
 
-@pytest.mark.parametrize("w", [0.0, 1.0])
-@pytest.mark.parametrize("words", [["London", "Paris", "Berlin"], ["4", "hola", "Paris"]])
-def test_fine_tuned_model_chooses_the_answer_to_the_question(toy, words, w):
-    options = [TOY.encode([word, "[END]"]) for word in words]
-    for question, answer in ANSWERS.items():
-        if answer in words:
-            template, head = asked(question)
-            model = guided(toy[1].model, lambda ids, head=head: torch.arange(ids.shape[1])[None] < head, w)
-            index, scores = choose(model, template[0, :head], options, MASK, n_samples=8, generator=seeded(0))
-            assert words[index] == answer and scores[index] > math.log(0.5)
+@pytest.mark.parametrize("name", ["LLaDA", "AR"])
+def test_real_models_respond(name):
+    shape = h.ModelConfig(ALPHABET.vocab_size, 32, n_layer=1, n_head=1, n_embd=8, causal=name == "AR")
+    ids = dialogue.respond(h.Transformer(shape).eval(), LAYOUT.rows(TALK), LAYOUT.prompt_len + 1)
+    assert ids.shape == (12, LAYOUT.answer_len) and not torch.isin(ids, torch.tensor([PAD, MASK, START])).any()

@@ -1,4 +1,4 @@
-"""Invented facts: told in one direction, asked in the other."""
+"""Invented facts, told in one direction and asked in the other; and a fair quiz of which text follows, or precedes."""
 
 import re
 from collections import Counter
@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import ExactAR, ExactPredictor
 
 import llada_helpers as h
 from beyond import reversal
@@ -51,8 +52,6 @@ def test_vocabulary_of_facts_covers_both_tellings(per_group):
     used = torch.cat((facts.forwards, facts.backwards))
     assert used.min() >= 4 and used.max() < facts.tokenizer.vocab_size
     assert {*reversal.ROLES, *reversal.PLACES, "is", "the", "of", "."} <= set(facts.tokenizer.characters)
-    again = type(facts.tokenizer).from_json(facts.tokenizer.to_json())
-    assert [again.decode(row) for row in used] == sentences_of(facts, used)
 
 
 def test_roles_and_places_belong_to_many():
@@ -78,6 +77,8 @@ def test_too_few_or_too_many_facts_are_refused(per_group):
 def test_every_preset_can_ask_as_much_as_it_wants(preset):
     per_group, steps, seeds = reversal.SIZES[preset]
     assert reversal.invented_facts(per_group, seeds - 1).told.size == 3 * per_group and steps >= 2
+    items, samples = reversal.ITEMS[preset]
+    assert items >= 12 and samples == tuple(sorted(samples))
 
 
 def knows(rows: torch.Tensor, vocab_size: int):
@@ -124,3 +125,59 @@ def test_the_table_counts_each_question_where_it_belongs(tmp_path, monkeypatch):
         assert table.loc[f"{name}, reversed, X is the ...", "exact match"] == 0
         assert table.loc[f"{name}, as told, the Y of Z is ...", "exact match"] == 0
     assert np.allclose(table["95% ±"], h.share([1] * 6)[1])
+
+
+# --- which of four texts follows, or precedes? ---
+
+EXACT = ExactPredictor(length=4, symbols=3)
+PAIRS = torch.cartesian_prod(torch.arange(4, 7), torch.arange(4, 7))
+EVERY_PAIR = reversal.Quiz(PAIRS, PAIRS[[0, 3, 5, 8]].expand(9, -1, -1), forward=True)  # known: each; options: four of the nine
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_scores_are_the_true_probabilities(forward):
+    """AR's of the whole text, exactly; LLaDA's of the answer, a bound that is tight for exact conditionals."""
+    quiz = EVERY_PAIR._replace(forward=forward)
+    side = quiz.texts()[..., :2] if forward else quiz.texts()[..., 2:]
+    assert torch.equal(side, quiz.known[:, None].expand(-1, 4, -1))
+    joint = EXACT.log_prob(quiz.texts().flatten(0, 1)).view(9, 4)
+    assert torch.allclose(reversal.score_ar(ExactAR(EXACT), quiz).double(), joint, atol=1e-4)
+    known = torch.full((9, 4), h.MASK_ID)
+    known[:, slice(0, 2) if forward else slice(2, 4)] = quiz.known
+    truth = joint - EXACT.log_prob(known)[:, None]
+    scores = reversal.score_llada(EXACT, quiz, 64).double()
+    assert bool((scores <= truth + 0.25).all()) and float((scores - truth).abs().mean()) < 0.15
+
+
+def test_shuffled_keeps_words_and_white_space():
+    text = " To be,  or not\nto be: that is\n\nthe question"
+    mixed = reversal.shuffled(text, np.random.default_rng(0))
+    assert sorted(mixed.split()) == sorted(text.split()) and mixed != text
+    assert re.sub(r"\S+", "x", mixed) == re.sub(r"\S+", "x", text)
+    assert reversal.shuffled("", np.random.default_rng(0)) == ""
+
+
+TOKENIZER = h.CharTokenizer.from_text("abcd ")
+
+
+def blank(ids):
+    return torch.zeros(*ids.shape, TOKENIZER.vocab_size)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_the_first_answer_is_the_true_one_and_no_special_token_is_in_any(forward):
+    rows = TOKENIZER.encode("ab cd dcba ab cd").view(2, 8)
+    quiz, again = (reversal.make_quiz(rows, 3, forward, TOKENIZER, blank) for _ in range(2))
+    assert torch.equal(quiz.texts()[:, 0], rows) and torch.equal(quiz.options, again.options)
+    assert quiz.options.shape == (2, 4, 3) and bool((quiz.options > h.END_ID).all())
+
+
+def test_table_of_choices():
+    """To a blank model all answers are equally likely, and the first, which is the true one, wins."""
+    ids = TOKENIZER.encode("ab cd dcba ab cd abba dada cc bb")
+    table = reversal.choice_table({"LLaDA": blank, "AR": blank}, ids, TOKENIZER, 4, (1, 2), given=5, asked=3).set_index("row")
+    assert table.index.tolist()[:3] == ["next, AR, exact", "next, LLaDA, one sample", "next, LLaDA, most samples"]
+    assert len(table) == 6 and (table["items"] == 4).all() and (table["accuracy"] == 1).all()
+    assert (table[["minus AR", "minus AR ±"]] == 0).all(axis=None)
+    assert (table.filter(like="picked").fillna(0) == 0).all(axis=None)
+    assert table["accuracy ±"].iloc[0] == pytest.approx(h.share([1] * 4)[1])

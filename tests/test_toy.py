@@ -1,7 +1,9 @@
-"""beyond/toy.py: the tutorials' toy learns its three answers."""
+"""Words as tokens, and the tutorials' toy, which learns its three answers."""
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import llada_helpers as H
 from beyond import toy
@@ -35,3 +37,26 @@ def test_paris_is_chosen(model):
 def test_the_question_is_all_masks_after_the_separator():
     template = toy.question("Solve : 2 + 2 =")
     assert int((template == H.MASK_ID).sum()) == toy.LENGTH - 8
+
+
+WORD = st.text(st.characters(exclude_categories=["Zs", "Cc", "Cs"]), min_size=1, max_size=5)
+
+
+@given(st.lists(WORD.filter(lambda word: word not in H.SPECIAL_TOKENS), min_size=1, max_size=12))
+@example(["2", "+", "2"])
+def test_words_round_trip(text):
+    """Joined by single spaces, even where every word has one letter."""
+    tokenizer = toy.WordTokenizer.from_text([*text, "[END]"])
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == [4 + sorted(set(text)).index(word) for word in text]
+    assert tokenizer.vocab_size == 4 + len(set(text)) and tokenizer.decode(ids) == " ".join(text)
+
+
+def test_words_are_shown_up_to_the_first_end_and_unknown_ones_are_named():
+    tokenizer = toy.WordTokenizer.from_text(["I", "love", "pizza"])
+    assert tokenizer.decode([H.START_ID, 4, H.PAD_ID, 5, H.MASK_ID, H.END_ID, 6]) == f"I love {H.MASK_GLYPH}"
+    for text in (["I", "hate"], "I love", "[MASK]"):
+        with pytest.raises(ValueError, match="not in the vocabulary"):
+            tokenizer.encode(text)
+    with pytest.raises(ValueError):
+        toy.WordTokenizer(["I", "I"])
