@@ -52,7 +52,8 @@ CITED = re.compile(r"et al\. \d+|arXiv:\S+|Eqs?\. \d+|^\d+\. |\$.*?\$|\(.*?\.(?:
 
 def numbers(text: str) -> list[str]:
     """What a reader has to take in: each number with its interval is one; equations, references and lists are not counted."""
-    return re.findall(r"(?<!\w)\d+(?:,\d{3})*(?:\.\d+)?(?: ± [\d,.]*\d)?", CITED.sub("", re.sub(r"<!--.*?-->", "", text, flags=re.S)))
+    text = CITED.sub("", re.sub(r"<!--.*?-->", "", text, flags=re.S))
+    return re.findall(r"(?<!\w)\d+(?:,\d{3})*(?:\.\d+)?(?: ± [\d,.]*\d)?", text)
 
 
 def test_the_report_is_read_in_ten_minutes():
