@@ -1,6 +1,6 @@
 """The report: numbers of figures/tables/ put into Markdown, and the Markdown set as a PDF.
 
-    python -m beyond.report   # fills README.md and analysis.md, writes analysis.pdf
+    python -m beyond.report   # fills README.md, CONTRIBUTING.md and analysis.md, writes analysis.pdf
 
 Pandoc turns the Markdown into Typst, Typst sets it; both come as wheels: pip install pypandoc_binary typst.
 Tables keep four decimals; text shows the digits that count, by the formatter of the notebooks.
@@ -17,6 +17,7 @@ import pandas as pd
 from llada_helpers import pretty, write_atomically
 
 TABLES = Path("figures/tables")
+TEXTS = ("README.md", "CONTRIBUTING.md", "analysis.md")
 
 
 def escaped(text: str) -> str:
@@ -66,10 +67,7 @@ def fill_report(text: str, tables: Path = TABLES) -> str:
 
     `<!-- table NAME -->...<!-- end -->` becomes the table (`<!-- table NAME ; COLUMN ; COLUMN -->`: just these columns),
     `<!-- NAME ; ROW ; COLUMN -->...<!-- end -->` one cell, where ROW is the value of the first column; with its interval, if the
-    table has one. Markers of tables that were not made here are left as they are.
-
-    Raises:
-        ValueError: a table lacks the row or the column.
+    table has one. Markers of tables that were not made here are left as they are. ValueError: no such row or column.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -78,37 +76,32 @@ def fill_report(text: str, tables: Path = TABLES) -> str:
     'x = <!-- t ; a ; x -->1.50 ± 0.02<!-- end -->'
     """
 
-    def one(match: re.Match) -> str:
-        marker, name, row, column = match.groups()
-        if not (tables / f"{name}.csv").exists():
+    def filled(match: re.Match) -> str:
+        marker, whole, name, rest = match.groups()
+        path, names = tables / f"{name}.csv", rest.split(" ; ")[1:]
+        if not path.exists():
             return match.group()
-        table = read_table(tables / f"{name}.csv")
-        if list(table.index).count(row) != 1 or column not in table:
-            found = list(table.index).count(row)
-            raise ValueError(f"{marker}: {name}.csv has {found} rows {row!r}; its columns are {list(table)}")
+        if whole:
+            return f"{marker}\n{markdown_table(path, names)}\n<!-- end -->"
+        table, (row, column) = read_table(path), names
+        if (found := list(table.index).count(row)) != 1 or column not in table:
+            raise ValueError(f"{marker}: {path.name} has {found} rows {row!r}; its columns are {list(table)}")
         return f"{marker}{table.at[row, column]}<!-- end -->"
 
-    def whole(match: re.Match) -> str:
-        marker, name, columns = match.groups()
-        path = tables / f"{name}.csv"
-        made = path.exists() and markdown_table(path, columns.split(" ; ")[1:])
-        return f"{marker}\n{made}\n<!-- end -->" if made else match.group()
-
-    text = re.sub(r"(<!-- table (\S+)(.*?) -->).*?<!-- end -->", whole, text, flags=re.DOTALL)
-    return re.sub(r"(<!-- ([\w-]+) ; (.*?) ; (.*?) -->).*?<!-- end -->", one, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- (?!end )(table )?([\w-]+)((?: ; .*?)*) -->).*?<!-- end -->", filled, text, flags=re.DOTALL)
 
 
 STYLE = """
-#set page("a4", margin: (x: 17mm, y: 13mm))
-#set text(9.5pt, lang: "en", font: "Libertinus Serif")
-#set par(justify: true, leading: 0.5em, spacing: 0.65em)
+#set page("a4", margin: (x: 22mm, y: 18mm))
+#set text(10.5pt, lang: "en", font: "Libertinus Serif")
+#set par(justify: true, leading: 0.58em, spacing: 0.8em)
 #set image(width: 100%)
 #set table(stroke: none, inset: (x: 0.6em, y: 0.25em))
 #set table.hline(stroke: 0.5pt)
-#show table: set text(9pt)
+#show table: set text(10pt)
 #show table: set par(justify: false)
 #show table.cell: set align(left)
-#show heading.where(level: 2): set text(11pt)
+#show heading.where(level: 2): set text(12pt)
 #show heading: set block(above: 0.9em, below: 0.5em)
 """
 
@@ -151,19 +144,14 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line, `python -m beyond.report`: everything that holds numbers of the tables, in the current directory.
 
     What is missing there is an error (exit status 2) that says where to run it.
-
-    >>> main(["--help"])
-    Traceback (most recent call last):
-    SystemExit: 0
     """
-    description = "Put the numbers of figures/tables/ into README.md and analysis.md, and set analysis.md as analysis.pdf."
-    parser, texts = argparse.ArgumentParser(description=description), [Path("README.md"), Path("analysis.md")]
+    parser = argparse.ArgumentParser(description=f"Put the numbers of {TABLES}/ into {', '.join(TEXTS)}, and set analysis.pdf.")
     parser.parse_args(arguments)
-    if missing := [str(path) for path in (*texts, TABLES) if not path.exists()]:
+    if missing := [str(path) for path in map(Path, (*TEXTS, TABLES)) if not path.exists()]:
         parser.error(f"{', '.join(missing)}: not here, in {Path.cwd()}; run it in the project's folder")
-    for path in texts:
+    for path in map(Path, TEXTS):
         write_atomically(path, fill_report(path.read_text(encoding="utf-8")).encode())
-        print(f"{path} holds the numbers of {TABLES}/")
+    print(f"{', '.join(TEXTS)}: the numbers are those of {TABLES}/")
     print(f"analysis.pdf: {save_report(Path('analysis.md'), Path('analysis.pdf'))} pages")
 
 

@@ -1,6 +1,7 @@
-"""What readers copy: the manual pages, the examples in docstrings, and every command and snippet of README."""
+"""What readers copy: the manual pages, the examples in docstrings, every command and snippet of README and CONTRIBUTING."""
 
 import argparse
+import ast
 import contextlib
 import doctest
 import importlib
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -29,7 +31,9 @@ from torch.distributed.run import get_args_parser
 import llada_helpers as h
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+OTHER_CODE = r"<!-- (?:gpu script|source: [^>]*) -->\n```.*?^```\n"  # has tests of its own
+COPIED = re.sub(OTHER_CODE, "", README + CONTRIBUTING, flags=re.S | re.M)
 
 
 ROOMS = sorted(path.stem for path in (ROOT / "beyond").glob("*.py") if path.stem != "__init__")
@@ -107,7 +111,7 @@ def test_help_begins_like_a_manual_page():
     assert numbers == [str(i + 1) for i in range(10)]
 
 
-# --- README ---
+# --- README and CONTRIBUTING ---
 
 
 class Parsed(Exception):
@@ -115,13 +119,13 @@ class Parsed(Exception):
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.S | re.M)
+    return re.findall(rf"^```{language}\n(.*?)^```$", COPIED, flags=re.S | re.M)
 
 
 def commands() -> list[list[str]]:
     """Every command of the bash blocks, and every `python ...` in running text, as words without assignments and comments."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python [^`]*)`", README)
+    lines += re.findall(r"`(python [^`]*)`", COPIED)
     found = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [words[next(i for i, w in enumerate(words) if "=" not in w) :] for words in found if words]
 
@@ -179,10 +183,10 @@ def test_command_is_understood(words, parse_only, monkeypatch):
         assert program in elsewhere or shutil.which(program) or importlib.util.find_spec(program), program
 
 
-def test_readme_has_commands_and_snippets():
+def test_there_are_commands_and_snippets():
     assert {words[0] for words in commands()} >= {"pip", "jupyter", "pytest", "python", "accelerate", "torchrun"}
-    assert blocks("python")
-    assert README.count("```") == 2 * len(blocks("python") + blocks("bash")), "a block of another kind"
+    assert len(blocks("python")) == 2
+    assert COPIED.count("```") == 2 * len(blocks("python") + blocks("bash")), "a block of another kind"
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
@@ -191,14 +195,38 @@ def test_python_snippet_runs(code, tmp_path, monkeypatch):
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
     assert out.getvalue() and not errors.getvalue()
     assert list(tmp_path.iterdir()) == []
 
 
+def lines_of(name: str) -> str:
+    """The body of a function of the helper as it stands there, but for docstring, lines that are comments, and indentation."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(h, name))))
+    body = ast.parse(source).body[0].body
+    first = body[1 if isinstance(body[0], ast.Expr) else 0].lineno
+    return textwrap.dedent(without_comments("\n".join(source.split("\n")[first - 1 :])))
+
+
+def without_comments(code: str) -> str:
+    return "".join(line + "\n" for line in code.split("\n") if line.strip() and not line.lstrip().startswith("#"))
+
+
+@pytest.mark.parametrize("names, code", re.findall(r"<!-- source: (.*?) -->\n```python\n(.*?)^```", README, flags=re.S | re.M))
+def test_the_idea_in_readme_is_the_code_that_runs(names, code):
+    """The training step and the sampler; lines that are comments may be README's own."""
+    wanted = "".join(map(lines_of, names.split()))
+    assert without_comments(code) == wanted, f"README's code of {names} should be\n\n{wanted}"
+
+
+def test_readme_shows_the_training_step_and_the_sampler():
+    shown = set(" ".join(re.findall(r"<!-- source: (.*?) -->", README)).split())
+    assert {"diffusion_batch", "weighted_nll", "reverse_process"} <= shown
+    assert README.count("\n") <= 110
+
+
 def test_run_everything_is_one_line_and_what_the_tests_run():
-    first = blocks("bash")[0].splitlines()
-    assert len(first) == 1 and first[0].startswith("pip install ")
+    assert [line.split()[0] for line in blocks("bash")[0].splitlines()] == ["pip", "jupyter"]
     executed = [words for words in commands() if words[:2] == ["jupyter", "nbconvert"] and "--execute" in words]
     assert [words[-1] for words in executed] == [notebooks.MAIN, notebooks.BEYOND]
     for words in executed:
@@ -256,12 +284,12 @@ def test_run_the_tests_is_what_ci_runs():
         only_say = f'{take}\nbash() {{ :; }}\nrun_block "{name}"'
         done = subprocess.run(["bash", "-euc", only_say], cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout == "+ " + re.search(rf"<!-- {name} -->\n```bash\n(.*?\n)```", README, flags=re.S)[1]
-    assert done.stdout.endswith("&& pytest\n"), "the tests come last"
+    assert re.search(r"&& pytest( -\S+.*)?\n$", done.stdout), "the tests come last"
 
 
 def test_the_gpu_script_of_contributing_can_be_read(parse_only, monkeypatch):
     """By bash, and what it hands to Python by Python; each command of ours understands its arguments."""
-    (script,) = re.findall(r"<!-- gpu script -->\n```bash\n(.*?)\n```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    (script,) = re.findall(r"<!-- gpu script -->\n```bash\n(.*?)\n```", CONTRIBUTING, flags=re.S)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     parts = re.findall(r"<< 'END'\n(.*?)\nEND$", script, flags=re.S | re.M)
     assert len(parts) == 3 and all(compile(part, "part", "exec") for part in parts)
@@ -271,16 +299,16 @@ def test_the_gpu_script_of_contributing_can_be_read(parse_only, monkeypatch):
 
 
 def test_presets_table_is_true():
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) layers x (\d+), (\d+) characters \|", README, flags=re.M)
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) layers x (\d+), (\d+) characters \|", CONTRIBUTING, flags=re.M)
     told = {name: tuple(map(int, sizes)) for name, *sizes in rows}
     assert told == {name: (preset.n_layer, preset.n_embd, preset.seq_len) for name, preset in h.PRESETS.items()}
 
 
 def test_map_of_the_house_is_true():
-    table = README[README.index("## Map of the house") :].partition("\n## ")[0]
+    table = CONTRIBUTING[CONTRIBUTING.index("## Map of the house") :].partition("\n## ")[0]
     paths = [path for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.M) for path in re.findall(r"`(.*?)`", cell)]
     ignored = {line.rstrip("*") for line in (ROOT / ".gitignore").read_text().splitlines()}
     assert len(paths) > 5
     assert [path for path in paths if not (ROOT / path).exists() and path not in ignored] == []
-    here = {name for name in os.listdir(ROOT) if name.endswith((".py", ".md", ".ipynb", ".pdf"))} - {"README.md"}
+    here = {name for name in os.listdir(ROOT) if name.endswith((".py", ".md", ".ipynb", ".pdf"))}
     assert {*here, "beyond/"} <= set(paths), "a file that the map does not show"
