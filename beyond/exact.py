@@ -23,8 +23,7 @@ from torch import Tensor
 import llada_helpers as H
 from beyond import decoding, quality
 from beyond.ablations import gradient_noise
-from beyond.anatomy import cost_by_place, spread
-from beyond.likelihood import low_noise_nelbo
+from beyond.likelihood import cost_by_place, low_noise_nelbo, spread
 from llada_helpers import MaskPredictor, Strategy
 
 SHAPE_ONLY = {"size", "dim", "numel", "expand_as", "view_as", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like"}

@@ -263,7 +263,7 @@ SUITES = {
         "block diffusion between AR and LLaDA, at equal steps and at equal compute",
         blocks.SIZES,
         lambda preset, size, text, data: (blocks.block_jobs(H.PRESETS[size[0]], size[1], *data), None),
-        blocks.block_measure if hasattr(blocks, "block_measure") else None,
+        blocks.block_measure,
     ),
     "crossover": Suite(
         "LLaDA against AR on little text, for many epochs",
