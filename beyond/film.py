@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 from pathlib import Path
 
-from matplotlib.font_manager import FontProperties, findfont
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from PIL import Image, ImageDraw, ImageFont
 
 import llada_helpers as H
@@ -18,13 +19,18 @@ Pages = list[list[list[tuple[str, int]]]]  # what `pages` of the helper makes of
 
 
 @functools.cache
-def font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
-    """The typewriter font that comes with matplotlib, for films that look alike everywhere; it has boxes for other scripts.
+def font(size: int, weight: str = "normal", glyph: str = "m") -> ImageFont.FreeTypeFont | None:
+    """Matplotlib's typewriter, so that films look alike everywhere, or an installed font for a glyph that it lacks, or None.
 
-    >>> font(30).getlength("m") == font(30).getlength("i")
-    True
+    >>> font(30).getlength("m") == font(30).getlength("i"), font(30, glyph="\uffff")
+    (True, None)
     """
-    return ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans Mono", weight=weight)), size)
+    others = sorted(entry.fname for entry in fontManager.ttflist if "Last Resort" not in entry.name)  # that has boxes for all
+    for path in (findfont(FontProperties(family="DejaVu Sans Mono", weight=weight)), *others):
+        with contextlib.suppress(OSError, RuntimeError):  # a font that was there once
+            if ord(glyph) in get_font(path).get_charmap():
+                return ImageFont.truetype(path, size)
+    return None
 
 
 def draw_page(draw: ImageDraw.ImageDraw, left: int, name: str, pages: Pages, k: int, width: int) -> None:
@@ -52,8 +58,11 @@ def draw_page(draw: ImageDraw.ImageDraw, left: int, name: str, pages: Pages, k: 
                 draw.rectangle((x0, y0, x0 + cell - 2, y0 + ROW - 6), fill=(H.MASK_FACE, H.NEW_FACE)[state])
             if state == 1:
                 draw.line((x0, y0 + ROW - 7, x0 + cell - 2, y0 + ROW - 7), fill="black", width=3)
-            if state > 0 and glyph.isprintable():
-                draw.text((x0, y0), glyph, fill="black", font=bold if state == 1 else plain)
+            if state > 0 and glyph and glyph.isprintable():
+                face = font(30, "bold" if state == 1 else "normal", glyph)
+                if (length := face.getlength(glyph)) > cell + 1:
+                    face = font(int(30 * cell / length), "normal", glyph)
+                draw.text((x0, y0), glyph, fill="black", font=face)
 
 
 def draw_frame(columns: dict[str, Pages], k: int, width: int) -> Image.Image:
@@ -84,7 +93,8 @@ def save_gif(
 ) -> list[Image.Image]:
     """Write a GIF, a frame per forward pass and a pause at the end, of lines of `width` characters; returns the frames.
 
-    `film`: a generation, or several by name, side by side; who has finished waits for the others. First rows only.
+    `film`: a generation, or several by name, side by side; who has finished waits for the others. First rows only. Where no
+    installed font has some character, it is one frame with a sentence that says so.
 
     >>> import tempfile, torch
     >>> made = H.Generation(torch.tensor([[4, 5, 6]]), torch.tensor([[-1, 1, 0]]), nfe=2)
@@ -95,7 +105,13 @@ def save_gif(
     """
     films = film if isinstance(film, dict) else {"": film}
     columns = {name: H.pages(made, tokenizer, width) for name, made in films.items()}
-    images = [draw_frame(columns, k, width) for k in range(max(map(len, columns.values())))]
+    letters = {c for pages in columns.values() for page in pages for line in page for glyph, _ in line for c in glyph}
+    if lacking := sum(c.isprintable() and font(30, glyph=c) is None for c in letters):
+        images = [Image.new("RGB", (1300, 80), PAPER)]
+        said = f"No installed font has {lacking} of the characters of this text; install one that does, such as Noto Sans CJK."
+        ImageDraw.Draw(images[0]).text((MARGIN, 26), said, fill=GREY, font=font(20))
+    else:
+        images = [draw_frame(columns, k, width) for k in range(max(map(len, columns.values())))]
     palette = images[len(images) // 2].quantize(48)  # one for all, so that only what changes is stored
     images = [image.quantize(palette=palette, dither=0) for image in images]
     pauses, file = [800, *[milliseconds] * (len(images) - 2), 4000], io.BytesIO()

@@ -24,16 +24,8 @@ def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: i
 
 @H._checked()
 @H._inference
-def low_noise_nelbo(
-    model: MaskPredictor,
-    sequences: Tensor,
-    mask_id: int,
-    *,
-    n_samples: int,
-    maskable: Tensor | None = None,
-    common_masks: bool = False,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def low_noise_nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
+                    common_masks: bool = False, generator: torch.Generator | None = None) -> Tensor:
     """What `llada_helpers.nelbo` estimates, FloatTensor[B], nats (Eqs. 4 and 6), with less noise at the same K = `n_samples`.
 
     As there, mask k hides exactly l of a row's n maskable tokens and weighs their cross-entropies by n / l, where l / n is s,
@@ -101,15 +93,8 @@ def _what_others_say(nll: Tensor, hidden: Tensor, count: Tensor, x: Tensor, line
 
 @H._checked()
 @H._inference
-def any_order_nll(
-    model: MaskPredictor,
-    sequences: Tensor,
-    mask_id: int,
-    *,
-    n_orders: int,
-    maskable: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def any_order_nll(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_orders: int, maskable: Tensor | None = None,
+                  generator: torch.Generator | None = None) -> Tensor:
     """-log p of each sequence when its tokens are revealed one by one in a random order (Eq. 15); FloatTensor[n_orders, B], nats.
 
     The mean over orders is the NELBO. The sampler that reveals uniformly one token at a time has p(x) = E_order exp(-nll), so
@@ -132,15 +117,8 @@ def any_order_nll(
     return total.view(n_orders, len(sequences)).float()
 
 
-def log_likelihood(
-    model: MaskPredictor,
-    prompt: Tensor,
-    response: Tensor,
-    mask_id: int,
-    *,
-    n_samples: int,
-    generator: torch.Generator | None = None,
-) -> float:
+def log_likelihood(model: MaskPredictor, prompt: Tensor, response: Tensor, mask_id: int, *, n_samples: int,
+                   generator: torch.Generator | None = None) -> float:
     """Lower bound on log p(response | prompt), nats, at most 0; prompt LongTensor[P] stays visible (Eq. 6).
 
     >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
@@ -150,16 +128,8 @@ def log_likelihood(
     return choose(model, prompt, [response], mask_id, n_samples=n_samples, generator=generator)[1][0]
 
 
-def choose(
-    model: MaskPredictor,
-    prompt: Tensor,
-    options: list[Tensor],
-    mask_id: int,
-    *,
-    n_samples: int,
-    suffix: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[int, list[float]]:
+def choose(model: MaskPredictor, prompt: Tensor, options: list[Tensor], mask_id: int, *, n_samples: int,
+           suffix: Tensor | None = None, generator: torch.Generator | None = None) -> tuple[int, list[float]]:
     """Index of the likeliest option after prompt LongTensor[P], and each option's log-likelihood bound in nats (Eq. 6).
 
     `suffix` LongTensor[S]: what stands after the option and is seen too. Options of one length are scored in one batch, hidden by

@@ -1,12 +1,19 @@
 """Generations as animated pictures."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 import llada_helpers as h
 from beyond import film
 
+CHINESE = "\u5929\u4e0b\u7686\u77e5\u7f8e a\n\t"
 TOKENIZER = h.CharTokenizer.from_text("To be & not\nto be")
 
 
@@ -64,3 +71,62 @@ def test_columns_have_their_own_colors(films):
     assert {h.AR_COLOR, h.LLADA_COLOR, film.PAPER} <= colors(film.draw_frame(pages, 15, width=40))
     alone = colors(film.draw_frame({"": pages["LLaDA"]}, 5, width=40))
     assert h.LLADA_COLOR in alone and h.AR_COLOR not in alone
+
+
+def spoken(text: str) -> tuple[h.Generation, h.CharTokenizer]:
+    tokenizer = h.CharTokenizer.from_text(text)
+    return h.Generation(tokenizer.encode(text)[None], torch.arange(len(text))[None], len(text)), tokenizer
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch) -> str:
+    """A font of squares, two cells wide, for the letters of CHINESE, beside those that are there."""
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(c): "square" for c in CHINESE if c > "\x7f"})
+    pen = TTGlyphPen(None)
+    for i, point in enumerate([(100, 0), (100, 800), (900, 800), (900, 0)]):
+        (pen.lineTo if i else pen.moveTo)(point)
+    pen.closePath()
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "square"), (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "squares.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist])
+    font_manager.fontManager.addfont(tmp_path / "squares.ttf")
+    film.font.cache_clear()
+    yield "Squares"
+    film.font.cache_clear()
+
+
+def test_an_installed_font_that_has_the_text_is_used(tmp_path, installed, monkeypatch):
+    """A font for each character, the typewriter where it can; a wide letter keeps to its cell."""
+    assert [film.font(30, glyph=c).getname()[0] for c in "a\u5929"] == ["DejaVu Sans Mono", installed]
+    made, tokenizer = spoken(CHINESE)
+    drawn, text = [], film.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        film.ImageDraw.ImageDraw, "text", lambda *given, **style: drawn.append((given, style)) or text(*given, **style)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = film.save_gif(tmp_path / "a.gif", made, tokenizer, width=20)
+    assert len(images) == len(CHINESE) + 1
+    widths = [style["font"].getlength(given[2]) for given, style in drawn if given[2] == "\u5929"]
+    assert widths and 10 < min(widths) <= max(widths) <= 19
+
+
+def test_without_a_font_there_is_a_sentence_and_no_boxes(tmp_path, monkeypatch):
+    known = [font for font in font_manager.fontManager.ttflist if font.name.startswith("DejaVu") or "Last" in font.name]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", known)
+    film.font.cache_clear()
+    said = []
+    monkeypatch.setattr(film.ImageDraw.ImageDraw, "text", lambda self, place, text, **options: said.append(text))
+    made, tokenizer = spoken(CHINESE)
+    images = film.save_gif(tmp_path / "a.gif", made, tokenizer)
+    film.font.cache_clear()
+    assert len(images) == 1 and Path(tmp_path / "a.gif").exists()
+    (sentence,) = said
+    assert "No installed font has 5 of the characters" in sentence and "install one" in sentence
