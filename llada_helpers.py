@@ -178,8 +178,12 @@ def _check(a: dict, maskable: Callable, lowest: float) -> None:
     _refuse(ids.ndim != 2 or ids.dtype != torch.long, f"{name} is {ids.dtype} {tuple(ids.shape)}; pass ids LongTensor [B, L]")
     for name in {"steps", "n_samples", "length"} & a.keys():
         _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
-    length, longest = ids.shape[1] + a.get("length", 0), getattr(getattr(a.get("model"), "config", None), "seq_len", math.inf)
-    _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
+    if config := getattr(a.get("model"), "config", None):
+        used = {a.get("mask_id", 0), a.get("start_id", 0), *a.get("forbidden", ()), *ids.unique().tolist()}
+        wrong = not 0 <= min(used) <= max(used) < config.vocab_size
+        _refuse(wrong, f"ids {min(used)} to {max(used)}: pass some, and mask_id, below vocab_size = {config.vocab_size}")
+        length, longest = ids.shape[1] + a.get("length", 0), getattr(config, "seq_len", math.inf)
+        _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
     for name in {"maskable", "mask", "counted"} & a.keys():
         if a[name] is None:
             a[name] = ids != a["pad_id"] if "pad_id" in a else maskable(ids)
@@ -608,13 +612,14 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     A run is known by its fingerprint, `name` is for the reader. Under `root`, runs/NAME-FINGERPRINT/ gets run.json, metrics.csv,
     TensorBoard events, checkpoints/NAME-FINGERPRINT/ best/ and, to go on from, last.state and previous.state. LLADA_RETRAIN=1
     trains from the start, Ctrl-C returns what there is. Processes of `accelerate launch` share each batch, a second call waits.
-    `compiled`: if it works. ValueError: a count < 1, a batch that has no equal parts, no sound state. RuntimeError: divergence."""
+    `compiled`: if it works. ValueError: a count < 1, a batch of no equal parts, no sound state. RuntimeError: divergence."""
     config, parts, cuda = job.train, max(1, job.train.accumulation), torch.cuda.is_available()
     accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
     torch.set_float32_matmul_precision("high" if cuda else "highest")  # Muon's products on tensor cores (TF32)
     shares = accelerator.num_processes * config.accumulation
-    wrong = min(config.steps, config.evals, config.eval_windows, config.batch_size, shares) < 1 or config.batch_size % shares > 0
-    _refuse(wrong, f"{config}: pass at least 1, and a batch for {accelerator.num_processes} processes x {parts} micro-batches")
+    n = job.train_ids.numel(), job.val_ids.numel()
+    wrong = min(*n, config.steps, config.batch_size, config.evals, config.eval_windows, shares) < 1 or config.batch_size % shares
+    _refuse(wrong, f"{config}, {n} ids: pass some, a batch for {accelerator.num_processes} processes x {parts} micro-batches")
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
     with log.alone(), torch._dynamo.config.patch(suppress_errors=True):  # where nothing can be compiled, eager will do
         accelerator.wait_for_everyone()
@@ -853,11 +858,11 @@ def _inference(function):
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, banned=()) -> Tensor:
-    """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else drawn exactly from the nucleus, in float64:
+    """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else drawn exactly from the nucleus in float64:
     float32 Gumbel noise would lower the temperature (Zheng et al. 2024, arXiv:2409.02908). `banned`: ids never drawn. ValueError:
     logits NaN or +inf, a banned id that is none, no token left."""
     _refuse(not bool((logits < math.inf).all()), "the logits are not finite; pass a model without NaN and infinity")
-    _refuse(max(banned, default=0) >= logits.shape[-1], f"{banned=}: pass mask_id and forbidden below {logits.shape[-1]}")
+    _refuse(not {*banned} <= {*range(logits.shape[-1])}, f"{banned=}: pass mask_id and forbidden ids below vocab_size")
     logits = logits.index_fill(-1, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -math.inf)
     best, tokens = logits.max(dim=-1)
     _refuse(bool(best.isneginf().any()), "every token that the model allows is forbidden; pass fewer forbidden ids")
@@ -1068,9 +1073,8 @@ def half_width(values) -> float | np.ndarray:
 
 
 def per_character(nats: Tensor, counts: Tensor, stretches: int = 30) -> tuple[float, float]:
-    """Mean nats per character and the half-width of its 95% interval, from nats and characters [N] of a text's windows, in order.
-    Neighbours are not independent: drawn again are `stretches` long runs of windows (block bootstrap of the linearised ratio,
-    Student's t). Paired: pass differences as nats. NaN for one window."""
+    """Mean nats per character and the half-width of its 95% interval, from nats and characters [N] of a text's windows, in order:
+    block bootstrap of the ratio over `stretches` long runs of windows, Student's t; of differences, it is paired. NaN for one."""
     nats, counts = (torch.as_tensor(x).double().cpu().numpy() for x in (nats, counts))
     mean, starts = nats.sum() / counts.sum(), np.unique(np.linspace(0, len(nats), stretches, endpoint=False).astype(int))
     apart, n = np.add.reduceat(nats - mean * counts, starts) / counts.sum(), len(starts)
@@ -1142,11 +1146,8 @@ class Results:
 
 
 def number(value: float, half: float = math.nan) -> str:
-    """A measured number as text: three significant digits, two below a tenth; whole numbers stay whole. With its half-width it is
-    "value ± half", to the half-width's second digit (first, if three or more), but not beyond the value's third, unless needed.
-    >>> number(0.98451), number(1000704.0), number(1.9388, 0.0088), number(0.0016, 0.0104), number(1.9388, 0.0011)
-    ('0.985', '1,000,704', '1.94 ± 0.01', '0.002 ± 0.010', '1.939 ± 0.001')
-    """
+    """A measured number as text: three significant digits, two below a tenth; whole ones stay whole. With its half-width it is
+    "value ± half", to the half-width's second digit (first, if three or more), not beyond the value's third, unless needed."""
     def places(x: float, digits: int) -> int:  # decimal ones, for so many significant digits
         return digits - 1 - int(f"{x:.{digits - 1}e}".partition("e")[2])
 
