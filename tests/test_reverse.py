@@ -719,15 +719,6 @@ def test_cache_asks_only_for_what_is_new():
     assert widths == [4, 1, 1, 1]
 
 
-def test_a_model_that_is_asked_on_another_device_keeps_its_cache():
-    """What stands between sampler and model forwards what a cache needs, and the model is found behind it."""
-    model, widths = small_model(causal=True).eval(), []
-    elsewhere = functools.wraps(model)(lambda ids, **options: widths.append(ids.shape[1]) or model(ids, **options))
-    options = {"start_id": START, "temperature": 0.0}
-    made, plain = (h.generate_ar(m, torch.full((1, 3), 5), 4, **options).ids for m in (elsewhere, model))
-    assert torch.equal(made, plain) and widths == [4, 1, 1, 1]
-
-
 def test_ar_forbidden_tokens_are_not_produced():
     prompt = torch.full((200, 1), 4)
     forbidden = (0, 1, 2, 3, 4, 9)

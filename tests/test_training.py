@@ -775,7 +775,7 @@ DECIDES = {
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
-    ("llada_helpers", "2"): "69198a4626b6b1f8de704539a02f4230370f09148ca64acbc32b17dcf320412d",
+    ("llada_helpers", "2"): "99e923c03e558953833c0d872f29660aa211f65445b7215437280fe2000ba799",
     ("beyond", "2"): "3f6a6f51c5fcdb9d9797e27803c04133dc216a344e502c2a103348d58e3ad44a",
 }
 
