@@ -8,6 +8,7 @@ model or an exact oracle, too. Losses and likelihoods are in nats (bits = nats /
 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -23,7 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from pydoc_data import topics
 
@@ -35,12 +36,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import PyTorchModelHubMixin
 from IPython.display import HTML, Markdown, display
 from scipy import stats
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -101,8 +101,9 @@ def is_corpus(text: bytes) -> bool:
 
 
 def corpus_name(text: str) -> str:
-    """What tables and figure titles call `text`: the checksum decides, whatever its file is called."""
-    own = f"own text ({Path(os.environ.get('LLADA_DATA', 'unnamed')).stem})"
+    """What tables and figure titles call `text`: the checksum decides; figures may lack the letters of a file's name."""
+    own = Path(os.environ.get("LLADA_DATA", "unnamed")).stem
+    own = f"own text ({own})" if own.isascii() else "own text"
     name = "offline corpus (Python help topics)" if text == OFFLINE_CORPUS else own
     return "TinyShakespeare" if is_corpus(text.encode()) else name
 
@@ -160,16 +161,14 @@ def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = 
     stride = seq_len if stride is None else stride
     fits = ids.ndim == 1 and len(ids) and 1 <= stride <= seq_len
     _refuse(not fits, f"ids {tuple(ids.shape)}, {seq_len=}, {stride=}: pass ids [n] and 1 <= stride <= seq_len")
-    count = 1 + max(0, math.ceil((len(ids) - seq_len) / stride))
-    padding = (count - 1) * stride + seq_len - len(ids)
+    padding = max(0, math.ceil((len(ids) - seq_len) / stride)) * stride + seq_len - len(ids)
     return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
 
 
 # 2. Forward process --------------------------------------------------------------------------------------------------
 def _uniform(shape, like: Tensor, generator: torch.Generator | None, dtype=torch.float32) -> Tensor:
     """Uniform numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same on every device."""
-    device = generator.device if generator is not None else like.device
-    return torch.rand(shape, generator=generator, device=device, dtype=dtype).to(like.device)
+    return torch.rand(shape, generator=generator, device=(generator or like).device, dtype=dtype).to(like.device)
 
 
 def _check(a: dict, maskable: Callable, lowest: float) -> None:
@@ -179,7 +178,8 @@ def _check(a: dict, maskable: Callable, lowest: float) -> None:
     for name in {"steps", "n_samples", "length"} & a.keys():
         _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
     if config := getattr(a.get("model"), "config", None):
-        used = {a.get("mask_id", 0), a.get("start_id", 0), *a.get("forbidden", ()), *ids.unique().tolist()}
+        seen = map(int, ids.aminmax()) if ids.numel() and ids.device.type == "cpu" else ()  # no GPU waits
+        used = {a.get("mask_id", 0), a.get("start_id", 0), *a.get("forbidden", ()), *seen}
         wrong = not 0 <= min(used) <= max(used) < config.vocab_size
         _refuse(wrong, f"ids {min(used)} to {max(used)}: pass some, and mask_id, below vocab_size = {config.vocab_size}")
         length, longest = ids.shape[1] + a.get("length", 0), getattr(config, "seq_len", math.inf)
@@ -252,8 +252,7 @@ class ModelConfig:
     attention_scale: float = 12.0
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.rotary_base)
-        fits = min(sizes) > 0 and self.n_embd % (2 * self.n_head) == 0 and 0 <= self.dropout < 1
+        fits = min(*astuple(self)[:5], self.rotary_base) > 0 and self.n_embd % (2 * self.n_head) == 0 and 0 <= self.dropout < 1
         _refuse(not fits, f"{self}: pass positive sizes, n_embd divisible by 2 * n_head (rotary) and dropout in [0, 1)")
 
 
@@ -348,8 +347,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("sin", torch.cat((angles.sin(), -angles.sin()), dim=1), persistent=False)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
-        if ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len:
-            raise ValueError(f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
+        wrong = ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len
+        _refuse(wrong, f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
         here = slice(start, start + ids.shape[1])
         x, visible = RMSNorm.apply(self.embed(ids)), self._visible(ids == PAD_ID, cache, start)
         for layer, block in enumerate(self.blocks):
@@ -556,13 +555,8 @@ class Job:
         return float((weight * (predicted == targets)).sum() / weight.sum())
 
 
-@dataclass
-class Run:
-    """A finished or interrupted training run: the best model, the metrics, the record with the final numbers, the directory."""
-    model: nn.Module
-    metrics: pd.DataFrame
-    summary: dict
-    path: Path
+# A finished or interrupted training: the best model, the metrics as a DataFrame, the record as a dictionary, the directory.
+Run = collections.namedtuple("Run", ("model", "metrics", "summary", "path"))
 
 
 def training_batch(job: Job, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -613,9 +607,9 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
     TensorBoard events, checkpoints/NAME-FINGERPRINT/ best/ and, to go on from, last.state and previous.state. LLADA_RETRAIN=1
     trains from the start, Ctrl-C returns what there is. Processes of `accelerate launch` share each batch, a second call waits.
     `compiled`: if it works. ValueError: a count < 1, a batch of no equal parts, no sound state. RuntimeError: divergence."""
-    config, parts, cuda = job.train, max(1, job.train.accumulation), torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
-    torch.set_float32_matmul_precision("high" if cuda else "highest")  # Muon's products on tensor cores (TF32)
+    config, parts, device = job.train, max(1, job.train.accumulation), best_device()
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # Muon's products on tensor cores (TF32)
     shares = accelerator.num_processes * config.accumulation
     n = job.train_ids.numel(), job.val_ids.numel()
     wrong = min(*n, config.steps, config.batch_size, config.evals, config.eval_windows, shares) < 1 or config.batch_size % shares
@@ -650,8 +644,7 @@ class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
         self.job, self.accelerator, self.mark, self.main = job, accelerator, job.fingerprint(), accelerator.is_main_process
-        known = sorted(path.name for path in root.glob(f"runs/*-{self.mark}"))  # the same training, under whatever name
-        folder = known[0] if known else f"{name}-{self.mark}"
+        folder = min((path.name for path in root.glob(f"runs/*-{self.mark}")), default=f"{name}-{self.mark}")  # whatever its name
         self.path, self.best = root / "runs" / folder, root / "checkpoints" / folder / "best"
         self.states = [self.best.with_name(f"{age}.state") for age in ("last", "previous")]
         self.step, self.rows, self.noted, self.silent = 0, [], [], quiet or not self.main
@@ -661,12 +654,8 @@ class TrainingLog:
 
     def alone(self) -> contextlib.AbstractContextManager:
         """Wait for whoever else is at this training. The system takes the lock from a process that is killed."""
-        lock = FileLock(self.path / f"lock{self.accelerator.process_index or ''}")
         try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
-            return lock.acquire()
+            return FileLock(self.path / f"lock{self.accelerator.process_index or ''}").acquire()
         except (OSError, NotImplementedError):  # where nothing can be written, or locked, finished runs can be read
             return contextlib.nullcontext()
 
@@ -680,6 +669,8 @@ class TrainingLog:
     def start(self, model: nn.Module, optimizer: Muon) -> None:
         """Take the newest sound state, if there is one, and begin the record."""
         self.model, self.optimizer, job, accelerator = model, optimizer, self.job, self.accelerator
+        for left_by_a_kill in (*self.path.glob(".*.*"), *self.best.parent.rglob(".*.*")) if self.main else ():
+            left_by_a_kill.unlink()
         found = [path for path in self.states if path.exists() and not self.anew]
         for path in found:
             try:
@@ -693,6 +684,8 @@ class TrainingLog:
             self.rows, self.step, scaler = notes["rows"], notes["rows"][-1]["step"], notes.get("scaler")
             if scaler and accelerator.scaler:
                 accelerator.scaler.load_state_dict(scaler)
+            elif scaler or accelerator.scaler:
+                warnings.warn(f"going on in {accelerator.mixed_precision} precision, unlike before", stacklevel=4)
             accelerator.wait_for_everyone()
             if self.main and path == self.states[1]:  # or a damaged one would replace it
                 os.replace(path, self.states[0])
@@ -732,8 +725,10 @@ class TrainingLog:
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
         if self.main:
             if all(val_loss < earlier["val_loss"] for earlier in self.rows[:-1]):
-                write_atomically(self.best / "config.json", json.dumps(asdict(self.twin.config)).encode())
-                write_atomically(self.best / "model.safetensors", safetensors.torch.save(self.twin.state_dict()))
+                config, weights = json.dumps(asdict(self.twin.config)).encode(), self.twin.state_dict()
+                write_atomically(self.best / "config.json", config)
+                mark = {"sha256": checksum(config, weights)}
+                write_atomically(self.best / "model.safetensors", safetensors.torch.save(weights, mark))
             for key in METRICS[3:]:
                 self.writer.add_scalar(key, row[key], self.step)
             scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
@@ -752,18 +747,25 @@ class TrainingLog:
 
     def run(self) -> Run:
         """What is on disk; the model as it is, if it was never validated."""
-        if (self.best / "model.safetensors").exists():
-            self.twin = load_model(self.best, self.job.architecture).to(self.accelerator.device)
-        else:
-            self.twin.load_state_dict(self.model.state_dict())
-        return Run(self.twin, pd.read_csv(self.path / "metrics.csv", float_precision="round_trip"), self.record, self.path)
+        validated = (self.best / "model.safetensors").exists()
+        model = load_model(self.best, self.job.architecture).to(self.accelerator.device) if validated else self.model.eval()
+        exactly = dict.fromkeys(METRICS[2:], lambda number: float(number or math.nan))  # to the last digit
+        return Run(model, pd.read_csv(self.path / "metrics.csv", converters=exactly), self.record, self.path)
+
+
+def checksum(config: bytes, weights: dict[str, Tensor]) -> str:
+    """SHA-256 of a model's config.json and weights, kept in the header of its model.safetensors."""
+    return hashlib.sha256(config + safetensors.torch.save(weights)).hexdigest()
 
 
 def load_model(directory: str | os.PathLike, architecture: type = Transformer) -> nn.Module:
     """The model of a run's best/, or what `save_pretrained` wrote, to evaluate. ValueError if it is not there or damaged."""
     try:
-        model = architecture(ModelConfig(**json.loads(Path(directory, "config.json").read_bytes())))
-        model.load_state_dict(safetensors.torch.load(Path(directory, "model.safetensors").read_bytes()))
+        config, data = (Path(directory, name).read_bytes() for name in ("config.json", "model.safetensors"))
+        weights, header = safetensors.torch.load(data), data[: 8 + int.from_bytes(data[:8], "little")]
+        _refuse(b"sha256" in header and checksum(config, weights).encode() not in header, "the checksum differs")
+        model = architecture(ModelConfig(**json.loads(config)))
+        model.load_state_dict(weights)
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"no sound model in {directory} ({error}); pass a run's best/, LLADA_RETRAIN=1 remakes it") from error
     return model.eval()
@@ -794,6 +796,17 @@ def load_state(path: Path, mark: str, model: nn.Module, optimizer: Muon) -> dict
     return notes
 
 
+def best_device() -> str:
+    """"cuda", else a Mac's "mps", if a step of training comes out right there, else "cpu"."""
+    with contextlib.suppress(Exception):  # it may lack a kernel, or not be there
+        x = torch.eye(4, device="mps", requires_grad=True)
+        (x @ x).tanh().sum().backward()
+        torch.optim.AdamW([x], fused=True).step()
+        torch.testing.assert_close(x.detach().cpu(), torch.eye(4) * (1 - 1e-5) - 1e-3)
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def mixed_precision() -> str:
     """bf16 on GPUs that have it, fp16 with loss scaling on older ones (T4), full precision elsewhere ("no")."""
     return "no" if not torch.cuda.is_available() else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
@@ -805,14 +818,6 @@ def describe_machine() -> dict[str, str]:
     cpu = re.search(r"model name\s*: (.*)", subprocess.getoutput("cat /proc/cpuinfo")) or ["", "CPU"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu[1]}, {torch.get_num_threads()} threads"
     return {"device": device, "python": sys.version.split()[0], "torch": torch.__version__, "commit": "none" if none else commit}
-
-
-def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
-    """All runs under `root`/runs, a row each: where their settings differ, best validation, tokens, seconds, commit."""
-    rows = [{"row": p.parent.name, **json.loads(p.read_text())} for p in sorted(Path(root).glob("runs/*/run.json"))]
-    table = pd.DataFrame(rows).drop(columns=["name", "data_sha256"], errors="ignore")
-    kept = ("row", "complete", "parameters", "best", "tokens", "seconds", "device", "commit")
-    return table[[c for c in table if c in kept or table[c].astype(str).nunique() > 1]]
 
 
 # 6. Reverse process --------------------------------------------------------------------------------------------------
@@ -843,15 +848,17 @@ class Generation:
 
 
 def _inference(function):
-    """Decorator: no gradients, evaluation mode, and tensors on the model's device."""
+    """Decorator: no gradients, evaluation mode, and tensors on the model's device, or on the CPU if that has no float64."""
     @functools.wraps(function)
     def wrapped(model, *args, **kwargs):
         module = model if isinstance(model, nn.Module) else nn.Identity()
         device, was_training = next(module.parameters(), args[0]).device, module.training
-        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
+        home = torch.device("cpu") if device.type == "mps" else device
+        there = functools.wraps(model)(lambda ids, **options: model(ids.to(device), **options).to(home))
+        args, kwargs = torch.utils._pytree.tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
         try:
             module.eval()
-            return torch.no_grad()(function)(model, *args, **kwargs)
+            return torch.no_grad()(function)(model if home == device else there, *args, **kwargs)
         finally:
             module.train(was_training)
     return wrapped
@@ -876,8 +883,7 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     cdf = probs.cumsum(dim=-1)
     total = cdf[:, -1:]
     point = _uniform((len(cdf), 1), cdf, generator, torch.float64) * total
-    drawn = torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)
-    return drawn[:, 0]
+    return torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)[:, 0]
 
 
 def evenly(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
@@ -904,8 +910,7 @@ def entropy(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Ten
 
 def margin(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     """Strategy: commit where the best token is furthest ahead of the second best."""
-    best, second = probs.topk(2, dim=-1).values.unbind(dim=-1)
-    return highest(best - second, masked, count)
+    return highest(-probs.topk(2, dim=-1).values.diff(dim=-1)[..., 0], masked, count)
 
 
 def random_order(generator: torch.Generator | None) -> Strategy:
@@ -927,21 +932,17 @@ def blockwise(strategy: Strategy, length: int) -> Strategy:
     """The strategy in blocks of `length` masks, from left to right. ValueError: they do not divide masks or steps."""
     def opened(masked: Tensor) -> Tensor:  # a block is filled before the next: what is left of it is the remainder
         return masked & (masked.cumsum(dim=1) <= (masked.sum(dim=1, keepdim=True) - 1) % length + 1)
-
     def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
-        longest = int(n.max())
-        blocks = -(-longest // max(1, length))
-        fits = length > 0 and (length == longest or not bool((n % length).any())) and steps % blocks == 0
+        blocks = -(-int(n.max()) // max(1, length))
+        fits = length > 0 and (length == int(n.max()) or not bool((n % length).any())) and steps % blocks == 0
         _refuse(not fits, f"{steps=}, block_length={length}: pass a divisor of {n.tolist()} masks, {blocks} x n steps")
         block, step = divmod(step, steps // blocks)
         ahead = (n - masked.sum(dim=1)) // length > block  # such a row waits
         inside, due = getattr(strategy, "schedule", evenly)(opened(masked), n.clamp(max=length), step, steps // blocks)
         return inside & ~ahead[:, None], due.masked_fill(ahead, 0)
-
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         inside = opened(masked)
         return strategy(tokens, probs, inside, count.minimum(inside.sum(dim=1)))
-
     commit.schedule = schedule
     return commit
 
@@ -1006,7 +1007,8 @@ def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: 
 
     Our Transformer decodes with cached keys and values, any other causal callable reads the whole prefix each time. Returns ids
     LongTensor[B, P + length]. ValueError: an argument out of range, a padded prompt, more tokens than `seq_len`."""
-    cache = KVCache(model.config, len(prompt), model.embed.weight) if isinstance(model, Transformer) else None
+    own = inspect.unwrap(model)  # where the model is asked on another device
+    cache = KVCache(own.config, len(prompt), own.embed.weight) if isinstance(own, Transformer) else None
     ids, confidence = F.pad(prompt, (1, 0), value=start_id), [torch.ones(prompt.shape, device=prompt.device)]
     for _ in range(length):
         new = {"cache": cache, "start": cache.length} if cache else {}  # with a cache only what it has not seen: first the prompt
@@ -1118,8 +1120,7 @@ MASK_FACE, NEW_FACE = "#D2D2D2", "#F0E442"  # behind a masked and behind a just 
 FRAME_STYLE = f"""<style>
 .llada-viewer {{ font-family: system-ui, sans-serif; }} .llada {{ font: 13px/1.5 system-ui, sans-serif; color: inherit; }}
 .llada pre {{ margin: 4px 0; font: 14px/1.5 monospace; white-space: pre; color: inherit; background: none; }}
-.llada i {{ color: {MASK_COLOR}; font-style: normal; }}
-.llada u {{ color: #000; background: {NEW_FACE}; font-weight: bold; }}
+.llada i {{ color: {MASK_COLOR}; font-style: normal; }} .llada u {{ color: #000; background: {NEW_FACE}; font-weight: bold; }}
 .llada-viewer .fa-play::before {{ content: "▶"; }} .llada-viewer .fa-pause::before {{ content: "❚❚"; }}
 .llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
 .llada-pages > .p-TabPanel-tabBar {{ display: none !important; }} .llada-pages > .widget-tab-contents {{ border: 0; padding: 0; }}
@@ -1150,7 +1151,6 @@ def number(value: float, half: float = math.nan) -> str:
     "value ± half", to the half-width's second digit (first, if three or more), not beyond the value's third, unless needed."""
     def places(x: float, digits: int) -> int:  # decimal ones, for so many significant digits
         return digits - 1 - int(f"{x:.{digits - 1}e}".partition("e")[2])
-
     place = 0 if value == int(value) else places(value, 3 if abs(value) >= 0.1 else 2)
     if half > 0:
         place = min(places(value, 3), places(half, 2) - (f"{half:.1e}" >= "3"))
@@ -1186,8 +1186,7 @@ def errorbars(ax, table: pd.DataFrame, x: str, y: str, **style) -> None:
 
 def log_ticks(ax, ticks) -> None:
     """A logarithmic x axis that is labelled at just these ticks."""
-    ax.set_xscale("log")
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
 
 
@@ -1218,7 +1217,8 @@ def frames(generation: Generation, tokenizer: CharTokenizer, width: int = 64) ->
     """`pages` as escaped HTML: masked characters in <i>, just committed ones in <u>."""
     made, wanted, marks = [], int((generation.order[0] >= 0).sum()), ("<i>{}</i>", "<u>{}</u>", "{}")
     for k, page in enumerate(pages(generation, tokenizer, width)):
-        lines = ["".join(marks[state].format(html.escape(glyph)) for glyph, state in line) for line in page]
+        runs = [itertools.groupby(line, key=lambda cell: cell[1]) for line in page]
+        lines = ["".join(marks[state].format(html.escape("".join(g for g, _ in run))) for state, run in line) for line in runs]
         left = sum(state == 0 for line in page for _, state in line)
         numbers = f"pass {k} of {generation.nfe} · {wanted - left} of {wanted} characters · t = {left / max(wanted, 1):.2f}"
         made.append(f'<div class="llada">{numbers}<pre>' + "\n".join(lines) + "</pre></div>")
@@ -1227,8 +1227,7 @@ def frames(generation: Generation, tokenizer: CharTokenizer, width: int = 64) ->
 
 def filmstrip(film: list[str], count: int = 8) -> HTML:
     """Some of a film's `frames`, the first and the last among them, below each other: for where no script runs."""
-    picked = sorted({round(k) for k in np.linspace(0, len(film) - 1, count)})
-    return HTML(FRAME_STYLE + "\n".join(film[k] for k in picked))
+    return HTML(FRAME_STYLE + "\n".join(film[k] for k in sorted({round(k) for k in np.linspace(0, len(film) - 1, count)})))
 
 
 class DenoisingViewer(widgets.VBox):
@@ -1269,8 +1268,6 @@ class Preset:
     nelbo_samples: int = 8  # masks per validation window in the final evaluation
     texts: int = 64  # generated texts per decoder, a multiple of GROUPS
     blanks: int = 300  # windows with a blank to fill
-    candidates: int = 4  # AR's guesses per blank, for rescoring
-    repeats: int = 32  # generations from the same prompt
     compiled: bool = True
 
     def model(self, vocab_size: int, causal: bool) -> ModelConfig:
@@ -1284,10 +1281,10 @@ class Preset:
 
 LITTLE = TrainConfig(200, 16, evals=5, eval_windows=32)
 PRESETS = {preset.name: preset for preset in (
-    Preset("smoke", 64, 2, 2, 32, 0.0, LITTLE, LITTLE, (4, 16, 64), 1, 16, blanks=16, candidates=2, repeats=4, compiled=False),
+    Preset("smoke", 64, 2, 2, 32, 0.0, LITTLE, LITTLE, (4, 16, 64), 1, 16, blanks=16, compiled=False),
     Preset("cpu", 128, 5, 4, 128, 0.0, TrainConfig(3150, 32, 0.015, evals=21), TrainConfig(1060, 32, weight_decay=0.2)),
     Preset("gpu", 256, 6, 6, 384, 0.2, TrainConfig(6000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=30),
-           TrainConfig(2000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=20), (8, 16, 32, 64, 128, 256), 16, 128, 1000, 8),
+           TrainConfig(2000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=20), (8, 16, 32, 64, 128, 256), 16, 128, 1000),
     Preset("cpu_long", 256, 6, 5, 160, 0.0, TrainConfig(6000, 16, 0.015, evals=15), TrainConfig(1500, 16, weight_decay=0.1)),
 )}  # fmt: skip
 
@@ -1296,4 +1293,6 @@ def choose_preset() -> Preset:
     """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu"."""
     name = os.environ.get("LLADA_PRESET") or ("gpu" if torch.cuda.is_available() else "cpu")
     _refuse(name not in PRESETS, f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
+    if name == "gpu" and not torch.cuda.is_available():
+        print("No GPU here: the two trainings of the gpu preset take about 30 hours of two CPU cores; cpu_long suits these.")
     return PRESETS[name]
