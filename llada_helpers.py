@@ -650,8 +650,7 @@ class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
         self.job, self.accelerator, self.mark, self.main = job, accelerator, job.fingerprint(), accelerator.is_main_process
-        known = sorted(path.name for path in root.glob(f"runs/*-{self.mark}"))  # the same training, under whatever name
-        folder = known[0] if known else f"{name}-{self.mark}"
+        folder = next((p.name for p in sorted(root.glob(f"runs/*-{self.mark}"))), f"{name}-{self.mark}")  # of whatever name
         self.path, self.best = root / "runs" / folder, root / "checkpoints" / folder / "best"
         self.states = [self.best.with_name(f"{age}.state") for age in ("last", "previous")]
         self.step, self.rows, self.noted, self.silent = 0, [], [], quiet or not self.main
@@ -756,7 +755,8 @@ class TrainingLog:
             self.twin = load_model(self.best, self.job.architecture).to(self.accelerator.device)
         else:
             self.twin.load_state_dict(self.model.state_dict())
-        return Run(self.twin, pd.read_csv(self.path / "metrics.csv", float_precision="round_trip"), self.record, self.path)
+        exactly = dict.fromkeys(METRICS[2:], lambda number: float(number or math.nan))  # to the last digit
+        return Run(self.twin, pd.read_csv(self.path / "metrics.csv", converters=exactly), self.record, self.path)
 
 
 def load_model(directory: str | os.PathLike, architecture: type = Transformer) -> nn.Module:
