@@ -1,6 +1,5 @@
 """Section 6: samplers against enumerated distributions and against plain-Python rewritings, and strategies of a user's own."""
 
-import functools
 import inspect
 import itertools
 import math
