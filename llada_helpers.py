@@ -3,12 +3,12 @@
     text -> CharTokenizer -> ids -> windows -> forward_process -> mask predictor -> llada_loss -> train
          -> reverse_process -> ids -> text;        the same windows -> nelbo / ar_nll -> tables
 
-Three ideas keep the sections small. A *mask predictor* is any callable from ids [B, L] to logits [B, L, V]: losses, samplers
-and estimators take somebody else's model or an exact oracle as well. LLaDA and AR are one Transformer that differs in `causal`
-alone. Training step s is a pure function of (seed, s). Losses and likelihoods are in nats (bits = nats / ln 2); equation numbers
-are those of Nie et al. 2025, "Large Language Diffusion Models" (arXiv:2502.09992).
+A *mask predictor* is any callable from ids [B, L] to logits [B, L, V]: losses, samplers and estimators take somebody else's
+model or an exact oracle, too. Losses and likelihoods are in nats (bits = nats / ln 2); equation numbers are those of Nie et al.
+2025, "Large Language Diffusion Models" (arXiv:2502.09992).
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -21,11 +21,10 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from pydoc_data import topics
 
@@ -37,35 +36,34 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import PyTorchModelHubMixin
 from IPython.display import HTML, Markdown, display
-from matplotlib import font_manager
 from scipy import stats
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 MaskPredictor = Callable[[Tensor], Tensor]
+# Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L].
+# It may bring a `schedule` of its own, see `evenly`: which masks are open at a step, and how many of them are due.
+Strategy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # 1. Data -------------------------------------------------------------------------------------------------------------
 PAD_ID, MASK_ID, START_ID, END_ID = range(4)
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[START]", "[END]")
+WORD = re.compile(r"[A-Za-z']+")
+GROUPS = 8  # samples are scored in this many groups, whose spread gives the intervals
 MASK_GLYPH = "█"
 CORPUS_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+OFFLINE_CORPUS = "\n\n".join(text for _, text in sorted(topics.topics.items()))  # Python's own help
+CACHED = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llada", "tinyshakespeare.txt")
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def _refuse(wrong: bool, said: str) -> None:
     if wrong:
         raise ValueError(said)
-
-
-def cache_path() -> Path:
-    """Where the downloaded corpus is kept (and where it can be put by hand)."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(tempfile.gettempdir() if folder.startswith("~") else folder, "llada", "tinyshakespeare.txt")  # some have no home
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -76,41 +74,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # all line ends become "\n"
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 ({error}); pass a text file that can (iconv -t UTF-8)") from error
-    said = f"{path} is empty, only white space, or has NUL characters (UTF-16?); pass a UTF-8 file with some text"
-    _refuse(not text.strip() or "\0" in text, said)
-    return text
-
-
-def _offline_corpus() -> str:
-    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
-
-
 def load_text(path: str | os.PathLike | None = None) -> str:
     r"""The corpus with "\n" line ends: `path`, else `$LLADA_DATA`, the cached download, the download (its SHA-256 checked), else,
     loudly, Python's own help texts. ValueError: a file that cannot be read, is empty or not UTF-8 text."""
     if path := path or os.environ.get("LLADA_DATA"):
-        return _read_text(Path(path))
-    cached = cache_path()
-    with contextlib.suppress(OSError):  # there is no cache, or none that may be read
-        if is_corpus(data := cached.read_bytes()):
-            return data.decode()
-    try:
-        response = requests.get(CORPUS_URL, timeout=(5, 30))
-        response.raise_for_status()
-        if not is_corpus(response.content):
-            raise OSError(f"the SHA-256 of the download is not {CORPUS_SHA256}")
-    except OSError as error:  # requests' exceptions are OSErrors
-        said = f"TINYSHAKESPEARE COULD NOT BE DOWNLOADED ({str(error)[:150]}). Python's own help texts stand in: no number is"
-        warnings.warn(f"{said} comparable. Save {CORPUS_URL} as {cached}, or set LLADA_DATA to any UTF-8 text.", stacklevel=2)
-        return _offline_corpus()
-    with contextlib.suppress(OSError):  # a text that cannot be kept is there all the same
-        write_atomically(cached, response.content)
-    return response.content.decode()
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")  # all line ends become "\n"
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as UTF-8 ({error}); pass a text file that can (iconv -t UTF-8)") from error
+        _refuse(not text.strip() or "\0" in text, f"{path} is empty, only white space or has NUL; pass a UTF-8 text")
+        return text
+    for read in (CACHED.read_bytes, lambda: requests.get(CORPUS_URL, timeout=(5, 30)).content):
+        with contextlib.suppress(OSError):  # requests' exceptions are OSErrors, too
+            if is_corpus(data := read()):
+                with contextlib.suppress(OSError):  # a text that cannot be kept is there all the same
+                    write_atomically(CACHED, data)
+                return data.decode()
+    said = "TINYSHAKESPEARE COULD NOT BE DOWNLOADED: Python's own help texts stand in, no number is comparable."
+    warnings.warn(f"{said} Save {CORPUS_URL} as {CACHED}, or set LLADA_DATA to any UTF-8 text.", stacklevel=2)
+    return OFFLINE_CORPUS
 
 
 def is_corpus(text: bytes) -> bool:
@@ -119,32 +101,21 @@ def is_corpus(text: bytes) -> bool:
 
 
 def corpus_name(text: str) -> str:
-    """What tables and figure titles call `text`: one's own by its file's name, if that is honest and figures have its letters."""
-    if is_corpus(text.encode()):
-        return "TinyShakespeare"
-    if text == _offline_corpus():
-        return "offline corpus (Python help topics)"
-    name = Path(os.environ.get("LLADA_DATA") or "own text").stem
-    letters = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    claim = re.sub(r"[\W_]", "", name).casefold() == "tinyshakespeare"
-    return "own text" if claim or not set(map(ord, name)) <= letters.keys() else name
+    """What tables and figure titles call `text`: the checksum decides; figures may lack the letters of a file's name."""
+    own = Path(os.environ.get("LLADA_DATA", "unnamed")).stem
+    own = f"own text ({own})" if own.isascii() else "own text"
+    name = "offline corpus (Python help topics)" if text == OFFLINE_CORPUS else own
+    return "TinyShakespeare" if is_corpus(text.encode()) else name
 
 
 def require(text: str, preset: "Preset") -> None:
-    """ValueError, before anything is trained, if `text` is too short for `preset`: training takes 80%, and each of the two parts
-    that are left, for validation and test, must fill one window of `seq_len` characters."""
-    needs = ", ".join(f"{name} needs {10 * known.seq_len:,}" for name, known in PRESETS.items())
-    said = f"the text has {len(text):,} characters; pass a longer one, or set LLADA_PRESET ({needs})"
-    _refuse(len(text) < 10 * preset.seq_len, said)
+    """ValueError, before anything is trained, unless each tenth of `text` fills a window: validation and test take one each."""
+    needs = f"pass a longer one, or set LLADA_PRESET: {preset.name} needs {10 * preset.seq_len:,}"
+    _refuse(len(text) < 10 * preset.seq_len, f"the text has {len(text):,} characters; {needs}")
 
 
 class CharTokenizer:
-    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, then the sorted characters. No text spells a special token.
-
-    >>> tokenizer = CharTokenizer.from_text("banana")
-    >>> tokenizer.encode("nab").tolist(), tokenizer.decode([2, 6, 4, 1, 3, 5])
-    ([6, 4, 5], 'na█')
-    """
+    """Characters to ids: [PAD] 0, [MASK] 1, [START] 2, [END] 3, then the sorted characters. No text spells a special token."""
     pad_id, mask_id, start_id, end_id = PAD_ID, MASK_ID, START_ID, END_ID
 
     def __init__(self, characters: str):
@@ -172,12 +143,10 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "CharTokenizer":
-        try:
-            made = json.loads(text)
-            _refuse(made["special_tokens"] != [*SPECIAL_TOKENS], "other special tokens")
-            return cls("".join(made["characters"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a tokenizer ({error!r}); pass what to_json returned") from error
+        """ValueError if `text` is not what to_json returned."""
+        made = json.loads(text)
+        _refuse(not isinstance(made, dict) or made.get("special_tokens") != [*SPECIAL_TOKENS], "pass what to_json returned")
+        return cls("".join(made["characters"]))
 
 
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
@@ -190,18 +159,16 @@ def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
 def windows(ids: Tensor, seq_len: int, stride: int | None = None, pad_id: int = PAD_ID) -> Tensor:
     """Cut ids [n] into windows [N, seq_len], `stride` apart (default: end to end). The last one is padded, nothing dropped."""
     stride = seq_len if stride is None else stride
-    said = f"ids {tuple(ids.shape)}, seq_len={seq_len}, stride={stride}: pass a vector of ids and 1 <= stride <= seq_len"
-    _refuse(not 1 <= stride <= seq_len or ids.ndim != 1 or len(ids) == 0, f"{said}, so that nothing is dropped")
-    count = 1 + max(0, math.ceil((len(ids) - seq_len) / stride))
-    padding = (count - 1) * stride + seq_len - len(ids)
+    fits = ids.ndim == 1 and len(ids) and 1 <= stride <= seq_len
+    _refuse(not fits, f"ids {tuple(ids.shape)}, {seq_len=}, {stride=}: pass ids [n] and 1 <= stride <= seq_len")
+    padding = max(0, math.ceil((len(ids) - seq_len) / stride)) * stride + seq_len - len(ids)
     return F.pad(ids, (0, padding), value=pad_id).unfold(0, seq_len, stride).contiguous()
 
 
 # 2. Forward process --------------------------------------------------------------------------------------------------
 def _uniform(shape, like: Tensor, generator: torch.Generator | None, dtype=torch.float32) -> Tensor:
     """Uniform numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same on every device."""
-    device = generator.device if generator is not None else like.device
-    return torch.rand(shape, generator=generator, device=device, dtype=dtype).to(like.device)
+    return torch.rand(shape, generator=generator, device=(generator or like).device, dtype=dtype).to(like.device)
 
 
 def _check(a: dict, maskable: Callable, lowest: float) -> None:
@@ -211,25 +178,24 @@ def _check(a: dict, maskable: Callable, lowest: float) -> None:
     for name in {"steps", "n_samples", "length"} & a.keys():
         _refuse(a[name] < 1, f"{name}={a[name]}: pass at least 1")
     if config := getattr(a.get("model"), "config", None):
-        used = {a[name] for name in ("mask_id", "start_id") if name in a}.union(a.get("forbidden", ()))
-        used |= {*map(int, ids.aminmax())} if ids.numel() and ids.device.type == "cpu" else set()  # no GPU waits
-        said = f"ids {sorted(used)}: pass ids, mask_id among them, from 0 to vocab_size - 1 = {config.vocab_size - 1}"
-        _refuse(not 0 <= min(used) <= max(used) < config.vocab_size, said)
+        seen = map(int, ids.aminmax()) if ids.numel() and ids.device.type == "cpu" else ()  # no GPU waits
+        used = {a.get("mask_id", 0), a.get("start_id", 0), *a.get("forbidden", ()), *seen}
+        wrong = not 0 <= min(used) <= max(used) < config.vocab_size
+        _refuse(wrong, f"ids {min(used)} to {max(used)}: pass some, and mask_id, below vocab_size = {config.vocab_size}")
         length, longest = ids.shape[1] + a.get("length", 0), getattr(config, "seq_len", math.inf)
         _refuse(length > longest, f"the sequence has {length} tokens, the model's seq_len is {longest}; pass a shorter one")
     for name in {"maskable", "mask", "counted"} & a.keys():
-        default = ids != a["pad_id"] if "pad_id" in a else maskable(ids)
-        given = a[name] = default if a[name] is None else a[name]
-        said = f"{name} is {given.dtype} {tuple(given.shape)}; pass bool {tuple(ids.shape)}"
-        _refuse(given.shape != ids.shape or given.dtype != torch.bool, said)
+        if a[name] is None:
+            a[name] = ids != a["pad_id"] if "pad_id" in a else maskable(ids)
+        _refuse(a[name].shape != ids.shape or a[name].dtype != torch.bool, f"{name}: pass BoolTensor {list(ids.shape)}")
     if a.get("t") is not None:
         t = torch.as_tensor(a["t"], dtype=torch.float32, device=ids.device)
-        _refuse(t.shape not in ((), (len(ids),)), f"t has shape {tuple(t.shape)}; pass one number or {len(ids)}, one a row")
-        _refuse(not bool(((t >= lowest) & (t <= 1)).all()), f"t={t.tolist()}: pass times in {'(' if lowest else '['}0, 1]")
+        fits = t.shape in ((), (len(ids),)) and bool(((t >= lowest) & (t <= 1)).all())
+        _refuse(not fits, f"t={t.tolist()}: pass one time or {len(ids)}, one a row, in {'(' if lowest else '['}0, 1]")
         a["t"] = t.expand(len(ids))
     if "top_p" in a:
-        said = f"temperature={a['temperature']}, top_p={a['top_p']}: pass a temperature >= 0 (argmax) and top_p in (0, 1] (all)"
-        _refuse(not (0 <= a["temperature"] < math.inf and 0 < a["top_p"] <= 1), said)
+        _refuse(not 0 <= a["temperature"] < math.inf, f"temperature={a['temperature']}: pass one >= 0, where 0 is argmax")
+        _refuse(not 0 < a["top_p"] <= 1, f"top_p={a['top_p']}: pass one in (0, 1], where 1 is all")
     if "prompt" in a:
         _refuse(bool((ids == PAD_ID).any()), "what follows [PAD] would go on from it; pass prompts of one length, without [PAD]")
     if "template" in a:
@@ -238,15 +204,11 @@ def _check(a: dict, maskable: Callable, lowest: float) -> None:
 
 
 def _checked(maskable: Callable = lambda ids: torch.ones_like(ids, dtype=torch.bool), lowest: float = 0.0) -> Callable:
-    """Decorator that checks arguments by their names and fills in defaults, so that what is below it reads as its equation.
-
-    `maskable`: from ids [B, L] to BoolTensor[B, L], the default of what may be masked or is counted; `lowest`: of the times.
-    """
+    """Decorator: checks arguments by their names; defaults: `maskable`(ids) BoolTensor[B, L]; `lowest`: of the times."""
     def decorate(function):
-        signature = inspect.signature(function)
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs)
+            bound = inspect.signature(function).bind(*args, **kwargs)
             bound.apply_defaults()
             _check(bound.arguments, maskable, lowest)
             return function(*bound.args, **bound.kwargs)
@@ -259,9 +221,7 @@ def forward_process(sequences: Tensor, t: float | Tensor, mask_id: int, maskable
                     generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Mask each token of sequences [B, L] with probability t, [B] or one number: x_t and what is masked, both [B, L] (Eqs. 7-8).
 
-    `maskable`: BoolTensor[B, L], the tokens that may be masked, default all. Returns LongTensor[B, L] and BoolTensor[B, L].
-    ValueError: t outside [0, 1], or shapes that do not fit.
-
+    `maskable`: BoolTensor[B, L], default all. ValueError: t outside [0, 1], or shapes that do not fit.
     >>> ids, generator = torch.tensor([[5, 6, 7, 8, 9, 5]]), torch.Generator().manual_seed(0)
     >>> forward_process(ids, 0.5, MASK_ID, generator=generator)[0].tolist()
     [[1, 6, 1, 1, 1, 5]]
@@ -271,10 +231,7 @@ def forward_process(sequences: Tensor, t: float | Tensor, mask_id: int, maskable
 
 
 def stratified_times(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-    """FloatTensor[B] in (0, 1]: one uniform number shifted across the batch, so that each B-th of (0, 1] is hit once.
-
-    Every t_b is uniform, so the loss stays unbiased, with less noise than independent draws (Kingma et al. 2021).
-    """
+    """FloatTensor[B] in (0, 1]: one uniform number shifted across the batch, for less noise (Kingma et al. 2021)."""
     shift = torch.rand(1, generator=generator, device=generator.device if generator is not None else None)
     return (torch.arange(batch_size, 0, -1, device=shift.device) - shift) / batch_size  # float32 rounding never makes it 0
 
@@ -282,12 +239,8 @@ def stratified_times(batch_size: int, generator: torch.Generator | None = None) 
 # 3. Model ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a Transformer. `causal` is the only difference between AR (True) and LLaDA (False).
-
-    `rotary_base`: at 200 the slowest rotation turns once in about a thousand characters, a few windows; the usual 10,000 leaves
-    most frequencies idle at this length. `attention_scale`: the largest attention logit (queries and keys are normalised); the
-    usual sqrt(head width) is too blunt for characters, whose neighbours matter most.
-    """
+    """Sizes of a Transformer. `causal` is all that tells AR (True) from LLaDA (False). `rotary_base`: at 200 the slowest
+    rotation turns once in a thousand characters. `attention_scale`: the largest logit of attention, as q and k are normalised."""
     vocab_size: int
     seq_len: int
     n_layer: int
@@ -299,16 +252,14 @@ class ModelConfig:
     attention_scale: float = 12.0
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.rotary_base)
-        wrong = min(sizes) <= 0 or self.n_embd % (2 * self.n_head) or not 0 <= self.dropout < 1
-        _refuse(wrong, f"{self}: pass positive sizes, n_embd divisible by 2 * n_head (rotary) and dropout in [0, 1)")
+        fits = min(*astuple(self)[:5], self.rotary_base) > 0 and self.n_embd % (2 * self.n_head) == 0 and 0 <= self.dropout < 1
+        _refuse(not fits, f"{self}: pass positive sizes, n_embd divisible by 2 * n_head (rotary) and dropout in [0, 1)")
 
 
 class KVCache:
     """Keys and values of all positions, [2, n_layer, B, H, seq_len, D]: exact if causal; LLaDA's change with later characters."""
     def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
-        shape = (2, config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
-        self.kept = like.new_zeros(shape)
+        self.kept = like.new_zeros(2, config.n_layer, batch_size, config.n_head, config.seq_len, config.n_embd // config.n_head)
         self.padded = torch.zeros(batch_size, config.seq_len, dtype=torch.bool, device=like.device)
         self.length = 0
 
@@ -379,9 +330,7 @@ class Block(nn.Module):
 class Transformer(nn.Module, PyTorchModelHubMixin):
     """Ids LongTensor[B, L] to logits FloatTensor[B, L, vocab_size], L at most `config.seq_len`; a mask predictor, or AR.
 
-    [PAD] is never attended to. `padding` says whether ids hold any; at None it looks, for which a GPU has to stop.
-    `save_pretrained`, `from_pretrained`, `push_to_hub` come from huggingface_hub (safetensors, json).
-    """
+    [PAD] is never attended to; `padding` says whether ids hold any, at None it looks, for which a GPU has to stop."""
     padding: bool | None = None
 
     def __init__(self, config: ModelConfig):
@@ -398,8 +347,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("sin", torch.cat((angles.sin(), -angles.sin()), dim=1), persistent=False)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
-        if ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len:
-            raise ValueError(f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
+        wrong = ids.ndim != 2 or start + ids.shape[1] > self.config.seq_len
+        _refuse(wrong, f"ids {tuple(ids.shape)} from position {start}: pass [B, L] with L <= {self.config.seq_len}")
         here = slice(start, start + ids.shape[1])
         x, visible = RMSNorm.apply(self.embed(ids)), self._visible(ids == PAD_ID, cache, start)
         for layer, block in enumerate(self.blocks):
@@ -423,8 +372,9 @@ class Transformer(nn.Module, PyTorchModelHubMixin):
 
 
 # 4. Losses: both models minimise a weighted negative log-likelihood of (inputs, targets, weight) ----------------------
+METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm")
+TRAINING_PATH = "2"  # raise it with any change to this file that makes a training end with other weights
 POWER = 1.5  # of the masking schedule in training, t = u^POWER; see diffusion_batch
-SMALLEST = torch.finfo(torch.float32).tiny  # t > 0, since 1/t is a weight
 
 
 def real_tokens(sequences: Tensor) -> Tensor:
@@ -432,15 +382,13 @@ def real_tokens(sequences: Tensor) -> Tensor:
     return sequences != PAD_ID
 
 
-@_checked(real_tokens, lowest=SMALLEST)
+@_checked(real_tokens, lowest=1e-38)
 def diffusion_batch(sequences: Tensor, generator: torch.Generator | None = None, maskable: Tensor | None = None,
                     mask_id: int = MASK_ID, t: float | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs x_t, targets x_0 and weights, all [B, L]: 1/t on masked tokens, over the n maskable ones of the row (Eq. 3).
 
-    Small t are drawn more often by default: t = u^p with stratified u, p = `POWER`, and dt = p u^(p-1) du enters the weight, so
-    that the expectation stays that of Eq. 3 (a polynomial schedule of MD4, Shi et al. 2024: mask with probability u^p, weight
-    p / u). `maskable`: BoolTensor[B, L], default all but padding. ValueError: t outside (0, 1], or shapes that do not fit.
-    """
+    By default t = u^p, p = `POWER`, draws small t more often, and dt = p u^(p-1) du enters the weight: same expectation (MD4, Shi
+    et al. 2024). `maskable`: BoolTensor[B, L], default all but padding. ValueError: t outside (0, 1], wrong shapes."""
     dt_du, n = 1.0, maskable.sum(dim=1).clamp(min=1)
     if t is None:
         u = stratified_times(len(sequences), generator).to(sequences.device)
@@ -465,19 +413,13 @@ def weighted_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, weight: 
     return (weight.flatten() * nll).sum() / len(inputs)
 
 
-@_checked(lowest=SMALLEST)
+@_checked(lowest=1e-38)
 def llada_loss(model: MaskPredictor, sequences: Tensor, mask_id: int, t: float | Tensor | None = None,
                maskable: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Eq. 3: mean over sequences [B, L] of (1/t) * (sum of the masked tokens' cross-entropies) / n, nats per token.
 
     Its expectation is the NELBO (Eq. 4); Eq. 5 where the prompt is not maskable. n: the maskable tokens of the row.
-    t: in (0, 1], one number or FloatTensor[B], default as `diffusion_batch` draws it. maskable: BoolTensor[B, L], default all.
-
-    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely: ln 8 = 2.08 nats
-    >>> ids = torch.full((4000, 16), 5)
-    >>> round(float(llada_loss(blank, ids, MASK_ID)), 1)
-    2.1
-    """
+    t: in (0, 1], one number or FloatTensor[B], default: see `diffusion_batch`. maskable: BoolTensor[B, L], default all."""
     inputs, targets, weight = diffusion_batch(sequences, generator, maskable, mask_id, t)
     return weighted_nll(model, inputs, targets, weight)
 
@@ -519,11 +461,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for the groups that have `parts`, AdamW for what is left: one optimizer, one loss scale.
-
-    torch.optim.Muon works matrix by matrix in bfloat16, which CPUs without native bfloat16 emulate slowly; this one stacks equal
-    shapes into one product and treats q, k, v as three matrices (`parts`).
-    """
+    """Muon (Jordan et al. 2024) for groups that have `parts`, AdamW for the rest. Equal shapes are one product."""
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's own wants a "step" in every state, Muon's have none
     def __init__(self, params, weight_decay: float = 0.0):
         super().__init__(params, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
@@ -564,18 +502,12 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / rise, (config.steps - step) / fall)
 
 
-TRAINING_PATH = "2"  # raise it with any change to this file that makes a training end with other weights
-
-
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what a training makes, and so its fingerprint.
-
-    `train_ids`, `val_ids`: LongTensor[n], a text, or LongTensor[N, seq_len], sequences; `eval_windows` of these, evenly spread,
-    are validated on with fixed masks. `make_batch`: (sequences [B, L], generator, learned [B, L]) -> (inputs, targets, weights),
-    default `next_token_batch` if causal, else `diffusion_batch`. `learned`: sequences -> BoolTensor[B, L], what is masked or
-    predicted, the response for SFT. These two and `architecture` go by their names. `start`: whose weights to begin with.
-    """
+    """Everything that decides what a training makes, and so its fingerprint. `train_ids`, `val_ids`: LongTensor[n], a text, or
+    [N, seq_len], sequences, of which `eval_windows`, evenly spread, validate. `make_batch`: (sequences [B, L], generator, learned
+    [B, L]) -> (inputs, targets, weights). `learned`: sequences -> BoolTensor[B, L], what is masked or predicted, the response for
+    SFT. These and `architecture` go by their names. `start`: whose weights to begin with."""
     model: ModelConfig
     train: TrainConfig
     train_ids: Tensor
@@ -623,13 +555,8 @@ class Job:
         return float((weight * (predicted == targets)).sum() / weight.sum())
 
 
-@dataclass
-class Run:
-    """A finished or interrupted training run: the best model, the metrics, the record with the final numbers, the directory."""
-    model: nn.Module
-    metrics: pd.DataFrame
-    summary: dict
-    path: Path
+# A finished or interrupted training: the best model, the metrics as a DataFrame, the record as a dictionary, the directory.
+Run = collections.namedtuple("Run", ("model", "metrics", "summary", "path"))
 
 
 def training_batch(job: Job, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -651,10 +578,7 @@ def micro_batches(batch: tuple[Tensor, ...], accelerator: Accelerator) -> Iterat
 
 
 def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelerator, log: "TrainingLog") -> None:
-    """Batch, loss, backward, step, log, save. Over processes and micro-batches Accelerate sums the gradient.
-
-    Nothing in a step reads a value back, so that the CPU prepares the next ones while a GPU computes.
-    """
+    """Batch, loss, backward, step, log, save. Over processes and micro-batches Accelerate sums the gradient."""
     config, model = job.train, accelerator.unwrap_model(network)
     for step in log.steps_left():
         batch = training_batch(job, step)  # inputs, targets, weights: each [batch_size, seq_len]
@@ -679,26 +603,19 @@ def training_loop(network: nn.Module, optimizer, job: Job, accelerator: Accelera
 @torch.random.fork_rng()
 def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool = False, quiet: bool = False) -> Run:
     """Train what `job` says, or load the run if it is already complete, or go on where it was interrupted.
-
-    A run is known by its fingerprint; `name` is for the reader. Under `root`, `runs/NAME-FINGERPRINT/` gets run.json,
-    metrics.csv and TensorBoard events; `checkpoints/NAME-FINGERPRINT/` gets best/ (config.json, model.safetensors) and, to go on
-    from, last.state and the one before it, previous.state. `LLADA_RETRAIN=1` trains from the start whatever is there. Ctrl-C
-    returns what there is. Several processes (`accelerate launch`, `torchrun`) share each batch; a second call beside waits.
-    `compiled`: torch.compile the blocks, where that works. `quiet`: no bar, no message.
-
-    ValueError: no ids, too few steps, a batch that processes and micro-batches cannot share evenly, no sound checkpoint.
-    RuntimeError: a loss is not finite, or that of training above a blank model's; says where, and which is the last checkpoint.
-    """
-    config, device, parts = job.train, best_device(), max(1, job.train.accumulation)
+    A run is known by its fingerprint, `name` is for the reader. Under `root`, runs/NAME-FINGERPRINT/ gets run.json, metrics.csv,
+    TensorBoard events, checkpoints/NAME-FINGERPRINT/ best/ and, to go on from, last.state and previous.state. LLADA_RETRAIN=1
+    trains from the start, Ctrl-C returns what there is. Processes of `accelerate launch` share each batch, a second call waits.
+    `compiled`: if it works. ValueError: a count < 1, a batch of no equal parts, no sound state. RuntimeError: divergence."""
+    config, parts, device = job.train, max(1, job.train.accumulation), best_device()
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision(), gradient_accumulation_steps=parts)
-    if device == "cuda":  # products of float32 numbers, Muon's and those of evaluations, take the tensor cores (TF32)
-        torch.set_float32_matmul_precision("high")
-    sizes = [*map(torch.numel, (job.train_ids, job.val_ids)), config.steps, config.batch_size, config.evals, config.eval_windows]
-    wrong = min(*sizes, config.accumulation) < 1 or config.batch_size % (accelerator.num_processes * parts) > 0
-    said = f"{config}, {sizes[0]} + {sizes[1]} ids: pass at least one of each, and a batch for {accelerator.num_processes}"
-    _refuse(wrong, f"{said} processes x {parts} micro-batches to share")
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # Muon's products on tensor cores (TF32)
+    shares = accelerator.num_processes * config.accumulation
+    n = job.train_ids.numel(), job.val_ids.numel()
+    wrong = min(*n, config.steps, config.batch_size, config.evals, config.eval_windows, shares) < 1 or config.batch_size % shares
+    _refuse(wrong, f"{config}, {n} ids: pass some, a batch for {accelerator.num_processes} processes x {parts} micro-batches")
     log = TrainingLog(name, job, Path(root), accelerator, quiet)
-    with log.alone():
+    with log.alone(), torch._dynamo.config.patch(suppress_errors=True):  # where nothing can be compiled, eager will do
         accelerator.wait_for_everyone()
         if log.complete():
             if not quiet:
@@ -706,33 +623,28 @@ def train(name: str, job: Job, *, root: str | os.PathLike = ".", compiled: bool 
             return log.run()
         torch.manual_seed(job.train.seed)
         model = job.architecture(job.model).to(accelerator.device)
-        if job.start:
-            model.load_state_dict(job.start.state_dict())
+        model.load_state_dict((job.start or model).state_dict())
         optimizer = make_optimizer(model, job.train)
         log.start(model, optimizer)
         network, prepared = accelerator.prepare(model, optimizer)
-        for block in model.blocks if compiled and works(device, compiled=True) else ():
+        for block in model.blocks if compiled else ():
             block.compile()
         try:
             log.write()
             training_loop(network, prepared, job, accelerator, log)
             log.record["complete"] = True
         except KeyboardInterrupt:
-            print(f"\n{name}: interrupted at step {log.step}; {log.kept()}")
+            print(f"\n{name}: interrupted at step {log.step}; goes on from the checkpoint, if there is one, in {log.best.parent}")
         finally:
             log.write()
         return log.run()
-
-
-METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm")
 
 
 class TrainingLog:
     """What a training leaves behind: its record, metrics, TensorBoard events, the best model and the state to go on from."""
     def __init__(self, name: str, job: Job, root: Path, accelerator: Accelerator, quiet: bool):
         self.job, self.accelerator, self.mark, self.main = job, accelerator, job.fingerprint(), accelerator.is_main_process
-        known = sorted(path.name for path in root.glob(f"runs/*-{self.mark}"))  # the same training, under whatever name
-        folder = (known or [f"{name}-{self.mark}"])[0]
+        folder = min((path.name for path in root.glob(f"runs/*-{self.mark}")), default=f"{name}-{self.mark}")  # whatever its name
         self.path, self.best = root / "runs" / folder, root / "checkpoints" / folder / "best"
         self.states = [self.best.with_name(f"{age}.state") for age in ("last", "previous")]
         self.step, self.rows, self.noted, self.silent = 0, [], [], quiet or not self.main
@@ -742,22 +654,16 @@ class TrainingLog:
 
     def alone(self) -> contextlib.AbstractContextManager:
         """Wait for whoever else is at this training. The system takes the lock from a process that is killed."""
-        lock = FileLock(self.path / f"lock{self.accelerator.process_index or ''}")
         try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            print(f"{self.record['name']}: another process is at it in {self.path}; waiting for that to end")
-            return lock.acquire()
+            return FileLock(self.path / f"lock{self.accelerator.process_index or ''}").acquire()
         except (OSError, NotImplementedError):  # where nothing can be written, or locked, finished runs can be read
             return contextlib.nullcontext()
 
     def complete(self) -> bool:
-        """Whether the run is complete; then `record` is what it left. What is missing or no record is made of the last state."""
-        record = self.path / "run.json"
-        needed = record, self.path / "metrics.csv", self.best / "model.safetensors"
-        if not self.anew and all(path.exists() for path in needed):
-            with contextlib.suppress(ValueError):
-                self.record = json.loads(record.read_text())
+        """Whether the run is complete; then `record` is what it left. A damaged record is made anew from the last state."""
+        with contextlib.suppress(OSError, ValueError):
+            if not self.anew and (self.best / "model.safetensors").exists():
+                self.record = json.loads((self.path / "run.json").read_text())
         return self.record["complete"]
 
     def start(self, model: nn.Module, optimizer: Muon) -> None:
@@ -765,63 +671,47 @@ class TrainingLog:
         self.model, self.optimizer, job, accelerator = model, optimizer, self.job, self.accelerator
         for left_by_a_kill in (*self.path.glob(".*.*"), *self.best.parent.rglob(".*.*")) if self.main else ():
             left_by_a_kill.unlink()
-        self._resume()
-        model.register_forward_hook(lambda _, ids, logits: setattr(self, "logits", logits.detach()))
-        self.twin = job.architecture(job.model).to(accelerator.device).eval()  # eager, full precision, any shape
-        self.record |= {"parameters": sum(p.numel() for p in model.parameters()), "processes": accelerator.num_processes}
-        self.record |= {"precision": accelerator.mixed_precision, "characters": job.train_ids.numel(), **describe_machine()}
-        self.record["data_sha256"] = hashlib.sha256(job.train_ids.numpy().tobytes()).hexdigest()
-        self.writer = SummaryWriter(self.path, purge_step=self.step) if self.main else None
-        self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
-
-    def _resume(self) -> None:
         found = [path for path in self.states if path.exists() and not self.anew]
         for path in found:
             try:
-                notes = load_state(path, self.mark, self.model, self.optimizer)
+                notes = load_state(path, self.mark, model, optimizer)
                 break
             except ValueError as error:
                 if path == found[-1]:
                     raise
-                warnings.warn(f"{error}; going on from the one before it", stacklevel=5)
-        else:
-            return
-        self.rows, self.step = notes["rows"], notes["rows"][-1]["step"]
-        scaler, kept = self.accelerator.scaler, notes.get("scaler")
-        if scaler and kept:
-            scaler.load_state_dict(kept)
-        elif scaler or kept:
-            warnings.warn(f"going on in {self.accelerator.mixed_precision} precision, unlike before", stacklevel=5)
-        self.accelerator.wait_for_everyone()
-        if self.main and path == self.states[1]:  # or a damaged one would replace it
-            os.replace(path, self.states[0])
-
-    def kept(self) -> str:
-        """What there is to go on from."""
-        last = next((path for path in self.states if path.exists()), None)
-        return f"running the same again goes on from {last}" if last else "there is no checkpoint yet"
+                warnings.warn(f"{error}; going on from the one before it", stacklevel=4)
+        if found:
+            self.rows, self.step, scaler = notes["rows"], notes["rows"][-1]["step"], notes.get("scaler")
+            if scaler and accelerator.scaler:
+                accelerator.scaler.load_state_dict(scaler)
+            elif scaler or accelerator.scaler:
+                warnings.warn(f"going on in {accelerator.mixed_precision} precision, unlike before", stacklevel=4)
+            accelerator.wait_for_everyone()
+            if self.main and path == self.states[1]:  # or a damaged one would replace it
+                os.replace(path, self.states[0])
+        model.register_forward_hook(lambda _, ids, logits: setattr(self, "logits", logits.detach()))
+        self.twin = job.architecture(job.model).to(accelerator.device).eval()  # eager, full precision, any shape
+        self.record |= {"parameters": sum(p.numel() for p in model.parameters()), "processes": accelerator.num_processes}
+        self.record |= {"precision": accelerator.mixed_precision, "characters": job.train_ids.numel(), **describe_machine()}
+        self.writer = SummaryWriter(self.path, purge_step=self.step) if self.main else None
+        self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def steps_left(self) -> Iterator[int]:
         """The numbers of the steps to make, with a progress bar."""
-        shown = {"desc": self.record["name"], "file": sys.stdout, "mininterval": 10, "delay": 5, "ncols": 100}
-        total = self.job.train.steps
-        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, disable=self.silent, **shown)
+        first, total, shown = self.step, self.job.train.steps, {"mininterval": 10, "delay": 5, "ncols": 100, "file": sys.stdout}
+        self.bar = tqdm(range(first, total), self.record["name"], initial=first, total=total, disable=self.silent, **shown)
         return self.bar
 
     def note(self, loss: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Keep a micro-batch's loss, and the weights of right predictions and of all, as tensors that nobody waits for."""
         right = weight * (self.logits.argmax(dim=-1) == targets)
-        self.noted.append((loss, torch.stack((right, weight)).sum(dim=(1, 2)) / len(weight)))
+        self.noted.append(torch.stack((loss, *torch.stack((right, weight)).sum(dim=(1, 2)) / len(weight))))
 
     def validate(self, norm: Tensor) -> None:
-        """Add a row to the metrics; RuntimeError if a loss is not finite, or the training loss above a blank model's, ln V.
-
-        In the first hundred steps, when a model may have to unlearn what it started with, three times that is let pass. A
-        validation loss that rises while the training loss falls is overfitting, which best/ has the answer to.
-        """
+        """Add a row to the metrics. RuntimeError: a loss not finite, or training's above a blank model's, ln V (in the first
+        hundred steps, in which a model may have to unlearn its start, three times that). Overfitting is no error."""
         config, sequences = self.job.train, self.job.validation_sequences()
-        losses, weights = (torch.stack(noted).mean(dim=0) for noted in zip(*self.noted))
-        train_loss, right, weight = self.accelerator.reduce(torch.cat((losses[None], weights)), "mean").tolist()
+        train_loss, right, weight = self.accelerator.reduce(torch.stack(self.noted, dim=1).mean(dim=1), "mean").tolist()
         self.twin.load_state_dict(self.model.state_dict())
         val_loss = float(self.job.validation_nats(self.twin, sequences).sum() / self.job.learned(sequences).sum())
         accuracies = right / max(weight, 1e-9), self.job.validation_accuracy(self.twin, sequences)
@@ -830,18 +720,19 @@ class TrainingLog:
         row = dict(zip(METRICS, (*counts, train_loss, val_loss, *accuracies, config.muon_lr * factor, float(norm))))
         blank = math.log(self.job.model.vocab_size) * weight * (1 if self.step > 100 else 3)
         if not (train_loss <= blank and math.isfinite(train_loss + val_loss)):
-            rates = f"now {factor:.3g} x {config.muon_lr} and {config.adamw_lr}"
-            raise RuntimeError(f"{row}: worse than a blank model; lower muon_lr or adamw_lr, {rates}; {self.kept()}")
-        self.rows.append(row)
-        self.noted = []
+            raise RuntimeError(f"{row}: worse than a blank model; lower muon_lr or adamw_lr; last checkpoint: {self.best.parent}")
+        self.rows, self.noted = [*self.rows, row], []
         self.bar.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
         if self.main:
             if all(val_loss < earlier["val_loss"] for earlier in self.rows[:-1]):
-                save_model(self.best, self.twin)
+                config, weights = json.dumps(asdict(self.twin.config)).encode(), self.twin.state_dict()
+                write_atomically(self.best / "config.json", config)
+                mark = {"sha256": checksum(config, weights)}
+                write_atomically(self.best / "model.safetensors", safetensors.torch.save(weights, mark))
             for key in METRICS[3:]:
                 self.writer.add_scalar(key, row[key], self.step)
-            scaler = self.accelerator.scaler
-            notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler and scaler.state_dict()}
+            scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+            notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler}
             save_state(*self.states, self.model, self.optimizer, notes)
         self.write()
 
@@ -856,40 +747,27 @@ class TrainingLog:
 
     def run(self) -> Run:
         """What is on disk; the model as it is, if it was never validated."""
-        if (self.best / "model.safetensors").exists():
-            self.twin = load_model(self.best, self.job.architecture).to(self.accelerator.device)
-        else:
-            self.twin.load_state_dict(self.model.state_dict())
+        validated = (self.best / "model.safetensors").exists()
+        model = load_model(self.best, self.job.architecture).to(self.accelerator.device) if validated else self.model.eval()
         exactly = dict.fromkeys(METRICS[2:], lambda number: float(number or math.nan))  # to the last digit
-        metrics = pd.read_csv(self.path / "metrics.csv", converters=exactly)
-        return Run(self.twin, metrics, self.record, self.path)
+        return Run(model, pd.read_csv(self.path / "metrics.csv", converters=exactly), self.record, self.path)
 
 
-def save_model(directory: Path, model: nn.Module) -> None:
-    """config.json and model.safetensors, as `from_pretrained` reads them, and sha256: of these two and of those before them.
-
-    Each file is whole at every moment, and a kill between two of them leaves a model that one of the checksums is of.
-    """
-    config, weights = json.dumps(asdict(model.config)).encode(), safetensors.torch.save(model.state_dict())
-    sums = directory / "sha256"
-    known = sums.read_text().split()[:1] if sums.exists() else []
-    write_atomically(sums, "\n".join([hashlib.sha256(config + weights).hexdigest(), *known]).encode())
-    write_atomically(directory / "config.json", config)
-    write_atomically(directory / "model.safetensors", weights)
+def checksum(config: bytes, weights: dict[str, Tensor]) -> str:
+    """SHA-256 of a model's config.json and weights, kept in the header of its model.safetensors."""
+    return hashlib.sha256(config + safetensors.torch.save(weights)).hexdigest()
 
 
 def load_model(directory: str | os.PathLike, architecture: type = Transformer) -> nn.Module:
-    """What `save_model` or `save_pretrained` wrote, in evaluation mode. ValueError if it is not there or damaged."""
-    paths = [Path(directory) / name for name in ("config.json", "model.safetensors", "sha256")]
+    """The model of a run's best/, or what `save_pretrained` wrote, to evaluate. ValueError if it is not there or damaged."""
     try:
-        config, weights = (path.read_bytes() for path in paths[:2])
-        if paths[2].exists() and hashlib.sha256(config + weights).hexdigest() not in paths[2].read_text().split():
-            raise ValueError("config.json and model.safetensors are not of that checksum")
+        config, data = (Path(directory, name).read_bytes() for name in ("config.json", "model.safetensors"))
+        weights, header = safetensors.torch.load(data), data[: 8 + int.from_bytes(data[:8], "little")]
+        _refuse(b"sha256" in header and checksum(config, weights).encode() not in header, "the checksum differs")
         model = architecture(ModelConfig(**json.loads(config)))
-        model.load_state_dict(safetensors.torch.load(weights))
+        model.load_state_dict(weights)
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        remedy = "pass the best/ of a run; LLADA_RETRAIN=1 trains a damaged one again"
-        raise ValueError(f"no sound model in {directory} ({error}); {remedy}") from error
+        raise ValueError(f"no sound model in {directory} ({error}); pass a run's best/, LLADA_RETRAIN=1 remakes it") from error
     return model.eval()
 
 
@@ -907,12 +785,10 @@ def save_state(path: Path, older: Path, model: nn.Module, optimizer: Muon, notes
 def load_state(path: Path, mark: str, model: nn.Module, optimizer: Muon) -> dict:
     """Put back what `save_state` wrote; returns the notes. ValueError if it is damaged or of another run than `mark`."""
     digest, data = path.read_bytes()[:32], path.read_bytes()[32:]
-    said = f"the checkpoint {path} is damaged (its checksum differs); delete it to train from the start"
-    _refuse(hashlib.sha256(data).digest() != digest, said)
+    _refuse(hashlib.sha256(data).digest() != digest, f"the checkpoint {path} is damaged; delete it to train from the start")
     tensors, state = safetensors.torch.load(data), optimizer.state_dict()
     notes = json.loads(bytes(tensors["notes"].tolist()))
-    said = f"the checkpoint {path} is of another run, {notes['fingerprint']}, not of {mark}; delete it"
-    _refuse(notes["fingerprint"] != mark, said)
+    _refuse(notes["fingerprint"] != mark, f"{path} is of another run, {notes['fingerprint']}, not of {mark}; delete it")
     for i, name in (key.split(".")[1:] for key in tensors if key.startswith("optimizer.")):
         state["state"].setdefault(int(i), {})[name] = tensors[f"optimizer.{i}.{name}"]
     model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
@@ -920,54 +796,28 @@ def load_state(path: Path, mark: str, model: nn.Module, optimizer: Muon) -> dict
     return notes
 
 
-@functools.cache
-def works(device: str, compiled: bool = False) -> bool:
-    """Whether a training step there, or a compiled one, ends as a plain one on the CPU; warns if not.
-
-    By trial: a GPU, a Mac's "mps" or a C++ compiler may be there and not work.
-    """
-    def trained(place: str, compile_it: bool = False) -> Tensor:
-        x = torch.eye(4, device=place, requires_grad=True)
-        torch.compile(lambda x: (x @ x).tanh().sum(), disable=not compile_it)(x).backward()
-        torch.optim.AdamW([x], fused=True).step()
-        return x.detach().cpu()
-
-    try:
-        torch.testing.assert_close(trained(device, compiled), trained("cpu"))
-    except Exception as error:  # a compiler or a driver may fail in any way
-        kind, (reason, *_) = "torch.compile" if compiled else device, str(error).strip().split("\n")
-        warnings.warn(f"{kind} does not work here ({reason}); training goes on without, more slowly", stacklevel=4)
-        return False
-    return True
-
-
 def best_device() -> str:
-    """"cuda", else "mps", where there is one that works, else "cpu"."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return next((name for name in there if there[name] and works(name)), "cpu")
+    """"cuda", else a Mac's "mps", if a step of training comes out right there, else "cpu"."""
+    with contextlib.suppress(Exception):  # it may lack a kernel, or not be there
+        x = torch.eye(4, device="mps", requires_grad=True)
+        (x @ x).tanh().sum().backward()
+        torch.optim.AdamW([x], fused=True).step()
+        torch.testing.assert_close(x.detach().cpu(), torch.eye(4) * (1 - 1e-5) - 1e-3)
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def mixed_precision() -> str:
     """bf16 on GPUs that have it, fp16 with loss scaling on older ones (T4), full precision elsewhere ("no")."""
-    cuda = best_device() == "cuda"
-    return "no" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    return "no" if not torch.cuda.is_available() else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
 def describe_machine() -> dict[str, str]:
     """Device and versions, for the first cell and for each run's record."""
-    status, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
+    none, commit = subprocess.getstatusoutput("git rev-parse --short HEAD")
     cpu = re.search(r"model name\s*: (.*)", subprocess.getoutput("cat /proc/cpuinfo")) or ["", "CPU"]
-    device = torch.cuda.get_device_name() if best_device() == "cuda" else f"{cpu[1]}, {torch.get_num_threads()} threads"
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    return {"device": device, **versions, "commit": "none" if status else commit}
-
-
-def runs_table(root: str | os.PathLike = ".") -> pd.DataFrame:
-    """All runs under `root`/runs, a row each: where their settings differ, best validation, tokens, seconds, commit."""
-    rows = [{"row": p.parent.name, **json.loads(p.read_text())} for p in sorted(Path(root).glob("runs/*/run.json"))]
-    table = pd.DataFrame(rows).drop(columns=["name", "data_sha256"], errors="ignore")
-    kept = ["row", "complete", "parameters", "best", "tokens", "seconds", "device", "commit"]
-    return table[[c for c in table if c in kept or table[c].astype(str).nunique() > 1]]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu[1]}, {torch.get_num_threads()} threads"
+    return {"device": device, "python": sys.version.split()[0], "torch": torch.__version__, "commit": "none" if none else commit}
 
 
 # 6. Reverse process --------------------------------------------------------------------------------------------------
@@ -1002,28 +852,24 @@ def _inference(function):
     @functools.wraps(function)
     def wrapped(model, *args, **kwargs):
         module = model if isinstance(model, nn.Module) else nn.Identity()
-        asked, was_training = next(module.parameters(), args[0]).device, module.training
-        home = torch.device("cpu") if asked.type == "mps" else asked
-        elsewhere = functools.wraps(model)(lambda ids, **options: model(ids.to(asked), **options).to(home))
-        args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
+        device, was_training = next(module.parameters(), args[0]).device, module.training
+        home = torch.device("cpu") if device.type == "mps" else device
+        there = functools.wraps(model)(lambda ids, **options: model(ids.to(device), **options).to(home))
+        args, kwargs = torch.utils._pytree.tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
         try:
             module.eval()
-            return torch.no_grad()(function)(model if home == asked else elsewhere, *args, **kwargs)
+            return torch.no_grad()(function)(model if home == device else there, *args, **kwargs)
         finally:
             module.train(was_training)
     return wrapped
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, banned=()) -> Tensor:
-    """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else an exact draw from the nucleus.
-
-    The draw inverts the cumulative distribution in float64: float32 Gumbel noise would lower the temperature (Zheng et
-    al. 2024, arXiv:2409.02908). `banned`: ids that are never drawn. ValueError: logits NaN or infinite (-inf, impossible, is
-    fine), a banned id that is none, a row where every token is banned or impossible.
-    """
-    said = f"the logits [..., {logits.shape[-1]}] are not finite, or lack one of the ids {sorted(banned)}"
-    wrong = not bool((logits < math.inf).all()) or any(not 0 <= token < logits.shape[-1] for token in banned)
-    _refuse(wrong, f"{said}; pass a model without NaN and infinity, mask_id and forbidden ids below vocab_size")
+    """One token per row of logits [M, V], LongTensor[M]: argmax at temperature 0, else drawn exactly from the nucleus in float64:
+    float32 Gumbel noise would lower the temperature (Zheng et al. 2024, arXiv:2409.02908). `banned`: ids never drawn. ValueError:
+    logits NaN or +inf, a banned id that is none, no token left."""
+    _refuse(not bool((logits < math.inf).all()), "the logits are not finite; pass a model without NaN and infinity")
+    _refuse(not {*banned} <= {*range(logits.shape[-1])}, f"{banned=}: pass mask_id and forbidden ids below vocab_size")
     logits = logits.index_fill(-1, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -math.inf)
     best, tokens = logits.max(dim=-1)
     _refuse(bool(best.isneginf().any()), "every token that the model allows is forbidden; pass fewer forbidden ids")
@@ -1037,13 +883,7 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     cdf = probs.cumsum(dim=-1)
     total = cdf[:, -1:]
     point = _uniform((len(cdf), 1), cdf, generator, torch.float64) * total
-    drawn = torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)
-    return drawn[:, 0]
-
-
-# Which proposals stay: (tokens [B, L], distributions [B, L, V], masked [B, L], how many are due [B]) -> BoolTensor[B, L].
-# A strategy may bring a `schedule` of its own, see `evenly`: which masks are open at a step, and how many of them are due.
-Strategy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    return torch.searchsorted(cdf, torch.minimum(point, total.nextafter(torch.zeros_like(total))), right=True)[:, 0]
 
 
 def evenly(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
@@ -1070,8 +910,7 @@ def entropy(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Ten
 
 def margin(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     """Strategy: commit where the best token is furthest ahead of the second best."""
-    best, second = probs.topk(2, dim=-1).values.unbind(dim=-1)
-    return highest(best - second, masked, count)
+    return highest(-probs.topk(2, dim=-1).values.diff(dim=-1)[..., 0], masked, count)
 
 
 def random_order(generator: torch.Generator | None) -> Strategy:
@@ -1090,41 +929,29 @@ def ancestral(generator: torch.Generator | None) -> Strategy:
 
 
 def blockwise(strategy: Strategy, length: int) -> Strategy:
-    """The strategy in blocks of `length` masks, from left to right (semi-autoregressive); each gets as many of the steps.
-
-    ValueError, at the first step: blocks that do not divide a row's masks, or the steps.
-    """
+    """The strategy in blocks of `length` masks, from left to right. ValueError: they do not divide masks or steps."""
     def opened(masked: Tensor) -> Tensor:  # a block is filled before the next: what is left of it is the remainder
         return masked & (masked.cumsum(dim=1) <= (masked.sum(dim=1, keepdim=True) - 1) % length + 1)
-
     def schedule(masked: Tensor, n: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
-        longest = int(n.max())
-        wrong = length < 1 or (length != longest and bool((n % length).any()))
-        _refuse(wrong, f"block_length={length}: pass a positive divisor of the number of masks {n.tolist()}")
-        blocks = -(-longest // length)
-        _refuse(steps % blocks > 0, f"steps={steps}: pass a positive multiple of the number of blocks, {blocks}")
+        blocks = -(-int(n.max()) // max(1, length))
+        fits = length > 0 and (length == int(n.max()) or not bool((n % length).any())) and steps % blocks == 0
+        _refuse(not fits, f"{steps=}, block_length={length}: pass a divisor of {n.tolist()} masks, {blocks} x n steps")
         block, step = divmod(step, steps // blocks)
         ahead = (n - masked.sum(dim=1)) // length > block  # such a row waits
         inside, due = getattr(strategy, "schedule", evenly)(opened(masked), n.clamp(max=length), step, steps // blocks)
         return inside & ~ahead[:, None], due.masked_fill(ahead, 0)
-
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         inside = opened(masked)
         return strategy(tokens, probs, inside, count.minimum(inside.sum(dim=1)))
-
     commit.schedule = schedule
     return commit
 
 
-BUILT_IN = {"low_confidence": lambda _: low_confidence, "random": random_order, "ancestral": ancestral,
-            "entropy": lambda _: entropy, "margin": lambda _: margin}
-REMASKING = tuple(BUILT_IN)
-
-
 def named_strategy(remasking: str | Strategy, generator: torch.Generator | None, block_length: int | None = None) -> Strategy:
-    """The strategy of that name, one of `REMASKING`, or the function itself; in blocks, if they have a length."""
-    strategy = BUILT_IN.get(remasking, lambda _: remasking)(generator)
-    _refuse(not callable(strategy), f"remasking={remasking!r}: pass a strategy or one of {', '.join(REMASKING)}")
+    """The built-in strategy of that name, or the function itself; in blocks, if they have a length."""
+    known = {"low_confidence": low_confidence, "random": random_order(generator), "ancestral": ancestral(generator)}
+    strategy = {**known, "entropy": entropy, "margin": margin}.get(remasking, remasking)
+    _refuse(not callable(strategy), f"remasking={remasking!r}: pass a strategy or one of {', '.join(known)}, entropy, margin")
     return strategy if block_length is None else blockwise(strategy, block_length)
 
 
@@ -1135,16 +962,11 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
                     forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
     """Fill every [MASK] of the template [B, L], from t = 1 to t = 0: after a step to s, n (1 - s) of n are filled (Algs. 4, 5).
 
-    `remasking` says which tokens stay: "low_confidence" (Alg. 5), "random" (Alg. 4 with fixed counts), "entropy" and "margin",
-    which do not look at what was drawn, "ancestral" (each mask with probability (t - s) / t, the literal reverse process,
-    Eq. 10), or a `Strategy`, which may commit more or fewer. Given tokens are kept.
-
-    steps: forward passes, shared out evenly over the blocks; a step in which the schedule wants nothing costs none, a strategy
-    that falls behind gets further ones. temperature: 0 is argmax, otherwise exact categorical sampling from the nucleus of mass
-    `top_p`. block_length: short for `blockwise`, groups of this many masks from left to right. forbidden: ids never to produce;
-    [MASK] never is. ValueError: an argument out of range, blocks that do not divide masks or steps, nothing to fill, a template
-    longer than the model's `seq_len`, an unknown strategy, one that commits nothing, logits that are not finite.
-
+    `remasking`, which tokens stay: "low_confidence" (Alg. 5), "random" (Alg. 4 with fixed counts), "entropy" and "margin", which
+    do not look at what was drawn, "ancestral" (each mask with probability (t - s) / t, Eq. 10), or a `Strategy`, which may commit
+    more or fewer. steps: forward passes at most, unless a strategy falls behind. temperature: 0 is argmax, else exact sampling
+    from the nucleus of mass `top_p`. block_length: short for `blockwise`. forbidden: ids never to produce, as [MASK]. ValueError:
+    an argument out of range, blocks that do not divide, nothing to fill, more than `seq_len` tokens, logits not finite.
     >>> def predict(ids):  # sure of 4, 5, 6, 7, and the surer the further right
     ...     return (torch.eye(8)[4:] * torch.arange(1, 5)[:, None]).expand(len(ids), -1, -1)
     >>> made = reverse_process(predict, torch.tensor([[MASK_ID, 5, MASK_ID, MASK_ID]]), mask_id=MASK_ID, steps=3)
@@ -1168,10 +990,7 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
 
 
 def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **options) -> list[str]:
-    """Fill the blanks of texts such as "To [__] or not": a blank has as many characters as underscores.
-
-    Texts are padded into one batch; `options` are those of `reverse_process`, with `steps`. ValueError: a text without a blank.
-    """
+    """Fill texts such as "To [__] or not", an underscore a character; `options`: of `reverse_process`. ValueError: no blank."""
     pieces = [re.split(r"\[(_+)\]", text) for text in texts]  # of each: text, underscores, text, underscores, ..., text
     texts = [["[MASK]" if i % 2 else c for i, piece in enumerate(split) for c in piece] for split in pieces]
     _refuse(not all("[MASK]" in text for text in texts), "a text has no blank: mark it with [___], an underscore for a character")
@@ -1186,13 +1005,8 @@ def generate_ar(model: MaskPredictor, prompt: Tensor, length: int, *, start_id: 
                 forbidden: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Generation:
     """Continue prompt [B, P] by `length` tokens, left to right, each drawn from p(x_i | x_1 ... x_{i-1}) (Eq. 2).
 
-    Our Transformer decodes with cached keys and values, any other causal callable is asked for the whole prefix each time. The
-    ids are LongTensor[B, P + length]. ValueError: an argument out of range, a padded prompt, more tokens than `seq_len`.
-
-    >>> successor = lambda ids: 9 * torch.eye(8)[(ids + 1).clamp(max=7)]  # after 4 comes 5, after 5 comes 6, ...
-    >>> generate_ar(successor, torch.tensor([[4, 5]]), 2, start_id=START_ID).ids.tolist()
-    [[4, 5, 6, 7]]
-    """
+    Our Transformer decodes with cached keys and values, any other causal callable reads the whole prefix each time. Returns ids
+    LongTensor[B, P + length]. ValueError: an argument out of range, a padded prompt, more tokens than `seq_len`."""
     own = inspect.unwrap(model)  # where the model is asked on another device
     cache = KVCache(own.config, len(prompt), own.embed.weight) if isinstance(own, Transformer) else None
     ids, confidence = F.pad(prompt, (1, 0), value=start_id), [torch.ones(prompt.shape, device=prompt.device)]
@@ -1220,9 +1034,7 @@ def token_nll(model: MaskPredictor, inputs: Tensor, targets: Tensor, counted: Te
 @_inference
 def ar_nll(model: MaskPredictor, sequences: Tensor, start_id: int, pad_id: int = PAD_ID, counted: Tensor | None = None) -> Tensor:
     """Exact -log p of each sequence [B, L] under the AR model, sum_i -log p(x_i | x_1 ... x_{i-1}), FloatTensor[B], nats (Eq. 2).
-
-    `counted` BoolTensor[B, L], default all but padding: the tokens whose conditional probabilities enter, given all before them.
-    """
+    `counted` BoolTensor[B, L], default all but padding: the tokens whose conditional probabilities enter."""
     inputs = F.pad(sequences[:, :-1], (1, 0), value=start_id)
     return token_nll(model, inputs, sequences, counted).sum(dim=1)
 
@@ -1246,14 +1058,8 @@ def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: i
           generator: torch.Generator | None = None) -> Tensor:
     """Bound on -log p of sequences [B, L], [B] nats: for each stratum l, mask exactly l of n, n/l times their cost (Eqs. 4, 6).
 
-    An unbiased estimate of an upper bound. Each of a row's K = `n_samples` masks hides exactly l of its n `maskable` tokens
-    (BoolTensor[B, L], default all); mask k draws l / n uniformly from [k / K, (k + 1) / K), and the rows share each such stratum
-    in a random order. ValueError: n_samples < 1, or shapes that do not fit.
-
-    >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
-    >>> (nelbo(blank, torch.tensor([[4, 5, 6, 7]]), MASK_ID, n_samples=4) / math.log(8)).round(decimals=3).tolist()
-    [4.0]
-    """
+    An unbiased estimate of an upper bound. Mask k of K = `n_samples` hides exactly l of a row's n `maskable` tokens, BoolTensor
+    [B, L], default all, with l / n uniform in [k / K, (k + 1) / K). ValueError: n_samples < 1, or shapes that do not fit."""
     n = maskable.sum(dim=1)  # [B]
     count = torch.minimum((n * stratified_shares(n_samples, sequences, generator)).long() + 1, n)  # l, [K, B]
     mask = exact_masks(count, maskable, generator)  # [K, B, L]
@@ -1265,21 +1071,14 @@ def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: i
 # 8. Evaluation -------------------------------------------------------------------------------------------------------
 def half_width(values) -> float | np.ndarray:
     """Half-width of the 95% interval of the mean of independent values [n] or [n, ...] (Student's t); NaN for a single one."""
-    n = len(values)
-    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5 if n > 1 else math.nan
+    return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, axis=0) if len(values) > 1 else math.nan
 
 
-STRETCHES = 30
-
-
-def per_character(nats: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Mean nats per character and the half-width of its 95% interval, from nats and characters [N] of a text's windows, in order.
-
-    Neighbouring windows tell of one scene and are not independent. So not windows are drawn again but STRETCHES long runs of them
-    (block bootstrap of the linearised ratio, Student's t for as many runs). Paired: pass differences as nats. NaN for one window.
-    """
+def per_character(nats: Tensor, counts: Tensor, stretches: int = 30) -> tuple[float, float]:
+    """Mean nats per character and the half-width of its 95% interval, from nats and characters [N] of a text's windows, in order:
+    block bootstrap of the ratio over `stretches` long runs of windows, Student's t; of differences, it is paired. NaN for one."""
     nats, counts = (torch.as_tensor(x).double().cpu().numpy() for x in (nats, counts))
-    mean, starts = nats.sum() / counts.sum(), np.unique(np.linspace(0, len(nats), STRETCHES, endpoint=False).astype(int))
+    mean, starts = nats.sum() / counts.sum(), np.unique(np.linspace(0, len(nats), stretches, endpoint=False).astype(int))
     apart, n = np.add.reduceat(nats - mean * counts, starts) / counts.sum(), len(starts)
     if n < 2:
         return float(mean), math.nan
@@ -1294,24 +1093,16 @@ def share(hits) -> tuple[float, float]:
     return rate, float(max(rate - low, high - rate))
 
 
-WORD = re.compile(r"[A-Za-z']+")
-GROUPS = 8  # samples are scored in this many groups, whose spread gives the intervals
-COPY = 16  # characters that make a copy
-
-
-def runs_of(text: str, length: int = COPY) -> list[str]:
+def runs_of(text: str, length: int = 16) -> list[str]:
     """Every run of `length` characters of `text`."""
     return [text[i : i + length] for i in range(len(text) - length + 1)]
 
 
 def text_metrics(texts: list[str], copies: set[str], words: set[str]) -> dict[str, float]:
-    """Coherence and diversity of one group of texts; of the training text come `copies`, its runs, and lower-case `words`.
-
-    "known words" of the inner ones (the outer may be cut), "distinct-3" of all triples of characters, "char entropy" in nats, and
-    "copied", the share of all runs of COPY characters that stand verbatim in the training text.
-    """
+    """Scores of texts, given all runs of 16 characters (`copies`) and lower-case `words` of the training text: "known words" of
+    the inner ones, "distinct-3" of triples of characters, "char entropy" in nats, "copied", the share of runs that are copies."""
     inner = [word.lower() in words for text in texts for word in WORD.findall(text)[1:-1]]
-    triples, runs = ([run for text in texts for run in runs_of(text, length)] for length in (3, COPY))
+    triples, runs = ([run for text in texts for run in runs_of(text, length)] for length in (3, 16))
     scores = {"known words": sum(inner) / max(1, len(inner)), "distinct-3": len(set(triples)) / max(1, len(triples))}
     scores["char entropy"] = float(stats.entropy(pd.Series(list("".join(texts)) or [""]).value_counts()))
     return scores | {"copied": sum(run in copies for run in runs) / max(1, len(runs))}
@@ -1319,13 +1110,21 @@ def text_metrics(texts: list[str], copies: set[str], words: set[str]) -> dict[st
 
 def grouped(values: list[dict[str, float]]) -> dict[str, float]:
     """Mean over groups and, in columns named "... ±", the half-width of its 95% interval (Student's t)."""
-    table = pd.DataFrame(values)
-    return {key: number for name, x in table.items() for key, number in ((name, x.mean()), (f"{name} ±", half_width(x)))}
+    return {k: v for name, x in pd.DataFrame(values).items() for k, v in ((name, x.mean()), (f"{name} ±", half_width(x)))}
 
 
 # 9. Tables, figures, widgets -----------------------------------------------------------------------------------------
 LLADA_COLOR, AR_COLOR, MASK_COLOR, REAL_COLOR = "#0072B2", "#D55E00", "#9A9A9A", "#009E73"  # Okabe & Ito, colour-blind safe
 MASK_FACE, NEW_FACE = "#D2D2D2", "#F0E442"  # behind a masked and behind a just committed character
+# <u> and a block say the state without any style too. An exported page lacks the icon font of Play: it gets plain signs.
+FRAME_STYLE = f"""<style>
+.llada-viewer {{ font-family: system-ui, sans-serif; }} .llada {{ font: 13px/1.5 system-ui, sans-serif; color: inherit; }}
+.llada pre {{ margin: 4px 0; font: 14px/1.5 monospace; white-space: pre; color: inherit; background: none; }}
+.llada i {{ color: {MASK_COLOR}; font-style: normal; }} .llada u {{ color: #000; background: {NEW_FACE}; font-weight: bold; }}
+.llada-viewer .fa-play::before {{ content: "▶"; }} .llada-viewer .fa-pause::before {{ content: "❚❚"; }}
+.llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
+.llada-pages > .p-TabPanel-tabBar {{ display: none !important; }} .llada-pages > .widget-tab-contents {{ border: 0; padding: 0; }}
+</style>"""
 
 
 class Results:
@@ -1348,19 +1147,10 @@ class Results:
 
 
 def number(value: float, half: float = math.nan) -> str:
-    """A measured number as text: three significant digits, two below a tenth; whole numbers stay whole.
-
-    With the half-width of its interval it is "value ± half", to the place where the half-width has its second digit (its first,
-    if that is three or more), but not beyond the value's third, unless the half-width would be off by more than a half.
-
-    >>> number(0.98451), number(421.41), number(-0.0924), number(1000704.0)
-    ('0.985', '421', '−0.092', '1,000,704')
-    >>> number(1.9388, 0.0088), number(0.0016, 0.0104), number(0.0, 0.0302), number(1.9388, 0.0011)
-    ('1.94 ± 0.01', '0.002 ± 0.010', '0.00 ± 0.03', '1.939 ± 0.001')
-    """
+    """A measured number as text: three significant digits, two below a tenth; whole ones stay whole. With its half-width it is
+    "value ± half", to the half-width's second digit (first, if three or more), not beyond the value's third, unless needed."""
     def places(x: float, digits: int) -> int:  # decimal ones, for so many significant digits
         return digits - 1 - int(f"{x:.{digits - 1}e}".partition("e")[2])
-
     place = 0 if value == int(value) else places(value, 3 if abs(value) >= 0.1 else 2)
     if half > 0:
         place = min(places(value, 3), places(half, 2) - (f"{half:.1e}" >= "3"))
@@ -1370,13 +1160,7 @@ def number(value: float, half: float = math.nan) -> str:
 
 
 def pretty(table: pd.DataFrame, rows: int | None = 8) -> pd.DataFrame:
-    """A table as a page shows it: the first `rows`, numbers rounded by `number`, a value and the "... ±" column after it in one.
-
-    Speeds ("tokens/s") have three digits, words and columns of mixed kind stay as they are, what is missing is "".
-
-    >>> pretty(pd.DataFrame({"row": ["a"], "x": [1.5012], "95% ±": [0.0131], "n": [1200]})).to_dict("records")
-    [{'row': 'a', 'x': '1.50 ± 0.01', 'n': '1,200'}]
-    """
+    """A table as a page shows it: `rows` of it, by `number`, each value with its "... ±"; speeds have three digits."""
     names, table, shown = list(table), table[:rows], {}
     while names:
         values = table[name := names.pop(0)]
@@ -1402,36 +1186,26 @@ def errorbars(ax, table: pd.DataFrame, x: str, y: str, **style) -> None:
 
 def log_ticks(ax, ticks) -> None:
     """A logarithmic x axis that is labelled at just these ticks."""
-    ax.set_xscale("log")
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
 
 
 def show(*things: Callable) -> None:
-    """Display the source of functions, methods or classes as highlighted Markdown; of docstrings the first paragraph."""
-    page = "<div style='font-family: monospace'>\n\n```python\n{}\n```\n\n</div>"  # without it nbconvert's page sets prose
-    display(Markdown(page.format("\n\n\n".join(map(shown_source, things)))))
-
-
-def shown_source(thing: Callable) -> str:
-    """What `show` displays: the source without private decorators, and of each docstring the first paragraph."""
-    shown = re.sub(r"^ *@_.*\n", "", inspect.cleandoc("\n" + inspect.getsource(thing)), flags=re.M)
+    """Display the source of functions or classes as Markdown, without private decorators, of docstrings the first paragraph."""
+    sources = (re.sub(r"^ *@_.*\n", "", inspect.cleandoc("\n" + inspect.getsource(thing)), flags=re.M) for thing in things)
     paragraphs = r'^( *r?"""(?:(?!"""|\n\s*\n).)*?)\s*(?:\n\s*\n(?:(?!""").)*)?"""'  # the first one, and all others
-    return re.sub(paragraphs, r'\1"""', shown, flags=re.M | re.S)
+    code = re.sub(paragraphs, r'\1"""', "\n\n\n".join(sources), flags=re.M | re.S)
+    display(Markdown(f"<div style='font-family: monospace'>\n\n```python\n{code}\n```\n\n</div>"))  # or a page sets prose
 
 
 def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[list[list[tuple[str, int]]]]:
-    """The first row before the first pass and after each: pages of lines, at most `width` long, of (glyph, state).
-
-    States: 0 masked, 1 just committed, 2 settled or given, 3 to 5 settled with less confidence. Lines break where those of the
-    finished text do, so that nothing moves while it is being written.
-    """
-    finished = "".join(tokenizer.decode([token]) or "·" for token in generation.ids[0].tolist())
+    """The first row before the first pass and after each: pages of lines, at most `width` long, of (glyph, state): 0 masked,
+    1 just committed, 2 settled or given. Lines break where those of the finished text do, so that nothing moves."""
+    finished, made = "".join(tokenizer.decode([token]) or "·" for token in generation.ids[0].tolist()), []
     line = rf"[^\n]{{0,{width}}}\n|[^\n]{{1,{width}}}(?:\Z|(?<= ))|[^\n]{{1,{width}}}"
-    settled, made = 2 + sum((generation.confidence[0] < level).long() for level in (0.75, 0.5, 0.25)), []
     for step in (-1, *generation.steps()):
         now, before = (generation.state_after(s)[0] for s in (step, max(step - 1, -1)))
-        states = torch.where(now == MASK_ID, 0, torch.where(now != before, 1, settled)).tolist()
+        states = torch.where(now == MASK_ID, 0, torch.where(now != before, 1, 2)).tolist()
         glyphs = (tokenizer.decode([token]) or "·" for token in now.tolist())
         # A line break is visible when new, or where the finished text has none.
         cells = [("" if g == f == "\n" and s > 1 else g.replace("\n", "↵"), s) for g, f, s in zip(glyphs, finished, states)]
@@ -1440,9 +1214,8 @@ def pages(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> 
 
 
 def frames(generation: Generation, tokenizer: CharTokenizer, width: int = 64) -> list[str]:
-    """`pages` as escaped HTML: masked characters in <i>, just committed ones in <u>, doubtful ones in <s>."""
-    marks = ("<i>{}</i>", "<u>{}</u>", "{}", *(f"<s style=--doubt:{doubt}>{{}}</s>" for doubt in (0.2, 0.4, 0.7)))
-    made, wanted = [], int((generation.order[0] >= 0).sum())
+    """`pages` as escaped HTML: masked characters in <i>, just committed ones in <u>."""
+    made, wanted, marks = [], int((generation.order[0] >= 0).sum()), ("<i>{}</i>", "<u>{}</u>", "{}")
     for k, page in enumerate(pages(generation, tokenizer, width)):
         runs = [itertools.groupby(line, key=lambda cell: cell[1]) for line in page]
         lines = ["".join(marks[state].format(html.escape("".join(g for g, _ in run))) for state, run in line) for line in runs]
@@ -1452,49 +1225,26 @@ def frames(generation: Generation, tokenizer: CharTokenizer, width: int = 64) ->
     return made
 
 
-# <u> and a block say the state without any style too. An exported page lacks the icon font of Play: it gets plain signs.
-FRAME_STYLE = f"""<style>
-.llada-viewer {{ font-family: system-ui, sans-serif; }} .llada {{ font: 13px/1.5 system-ui, sans-serif; color: inherit; }}
-.llada pre {{ margin: 4px 0; font: 14px/1.5 monospace; white-space: pre; color: inherit; background: none; }}
-.llada i {{ color: {MASK_COLOR}; font-style: normal; }} .llada s {{ text-decoration: none; }}
-.llada u {{ color: #000; background: {NEW_FACE}; font-weight: bold; }}
-.llada-viewer:has(.llada-shade input:checked) s {{ background: rgb(0 114 178 / var(--doubt)); }}
-.llada-viewer .fa-play::before {{ content: "▶"; }} .llada-viewer .fa-pause::before {{ content: "❚❚"; }}
-.llada-viewer .fa-stop::before {{ content: "■"; }} .llada-viewer .fa-retweet::before {{ content: "↻"; }}
-.llada-pages > .p-TabPanel-tabBar {{ display: none !important; }} .llada-pages > .widget-tab-contents {{ border: 0; padding: 0; }}
-</style>"""
-
-
 def filmstrip(film: list[str], count: int = 8) -> HTML:
     """Some of a film's `frames`, the first and the last among them, below each other: for where no script runs."""
-    picked = sorted({round(k) for k in np.linspace(0, len(film) - 1, count)})
-    return HTML(FRAME_STYLE + "\n".join(film[k] for k in picked))
+    return HTML(FRAME_STYLE + "\n".join(film[k] for k in sorted({round(k) for k in np.linspace(0, len(film) - 1, count)})))
 
 
 class DenoisingViewer(widgets.VBox):
-    """Films, by name, of HTML frames (see `frames`) to step through: slider, play and pause with a speed, a choice, a shade.
-
-    All of it is linked in the browser and moves without a kernel: in nbconvert's HTML, in nbviewer, in JupyterLab. The darker the
-    shade, the less probable a character was when it was committed (below 0.75, 0.5, 0.25).
-    """
+    """Films, by name, of `frames`: slider, play, speed, choice, linked in the browser, so that exported pages need no kernel."""
     def __init__(self, films: dict[str, list[str]]):
+        self.stack = getattr(widgets, "Stack", widgets.Tab)  # Colab's ipywidgets 7 has no Stack: there, tabs with a hidden bar
         self.choice, self.links = widgets.Dropdown(options=list(films), layout={"width": "auto"}), []
         self.speed = widgets.IntSlider(150, min=50, max=1000, step=50, description="ms per pass")
-        self.shade = widgets.Checkbox(False, description="shade doubtful characters", indent=False, layout={"width": "auto"})
-        self.shade.add_class("llada-shade")
-        self.panels = self._stack([self._panel(film) for film in films.values()])
+        self.panels = self.stack([self._panel(film) for film in films.values()], selected_index=0).add_class("llada-pages")
         self.links.append(widgets.jslink((self.choice, "index"), (self.panels, "selected_index")))
-        super().__init__([widgets.HTML(FRAME_STYLE), widgets.HBox([self.choice, self.speed, self.shade]), self.panels])
+        super().__init__([widgets.HTML(FRAME_STYLE), widgets.HBox([self.choice, self.speed]), self.panels])
         self.add_class("llada-viewer")
-
-    @staticmethod
-    def _stack(children: list) -> widgets.Widget:
-        """Shows one child at a time. ipywidgets 7, which Colab's page speaks, has no Stack: there, tabs with a hidden bar."""
-        return getattr(widgets, "Stack", widgets.Tab)(children, selected_index=0).add_class("llada-pages")
 
     def _panel(self, film: list[str]) -> widgets.Widget:
         first = widgets.HTML(film[0])  # the others share its layout and style, which would be most of the saved notebook
-        stack = self._stack([first, *(widgets.HTML(frame, layout=first.layout, style=first.style) for frame in film[1:])])
+        others = (widgets.HTML(frame, layout=first.layout, style=first.style) for frame in film[1:])
+        stack = self.stack([first, *others], selected_index=0).add_class("llada-pages")
         slider = widgets.IntSlider(0, max=len(film) - 1, description="pass", layout={"width": "480px"})
         play = widgets.Play(max=len(film) - 1, interval=self.speed.value)
         pairs = ((play, slider, "value"), (slider, stack, "selected_index"), (self.speed, play, "interval"))
@@ -1514,40 +1264,35 @@ class Preset:
     dropout: float
     llada: TrainConfig
     ar: TrainConfig
-    step_counts: tuple[int, ...]  # of the decoders that are compared
+    step_counts: tuple[int, ...] = (8, 16, 32, 64, 128)  # of the decoders that are compared
     nelbo_samples: int = 8  # masks per validation window in the final evaluation
     texts: int = 64  # generated texts per decoder, a multiple of GROUPS
     blanks: int = 300  # windows with a blank to fill
-    candidates: int = 4  # AR's guesses per blank, for rescoring
-    repeats: int = 32  # generations from the same prompt
-    compiled: bool = False
+    compiled: bool = True
 
     def model(self, vocab_size: int, causal: bool) -> ModelConfig:
         return ModelConfig(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.dropout, causal)
 
     def jobs(self, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, Job]:
         """The two trainings of Part 6."""
-        kinds = (("LLaDA", False, self.llada), ("AR", True, self.ar))
-        return {name: Job(self.model(vocab_size, causal), config, train_ids, val_ids) for name, causal, config in kinds}
+        names = {"LLaDA": self.llada, "AR": self.ar}
+        return {name: Job(self.model(vocab_size, name == "AR"), config, train_ids, val_ids) for name, config in names.items()}
 
 
-LITTLE, CPU_COUNTS = TrainConfig(200, 16, evals=5, eval_windows=32), (8, 16, 32, 64, 128)
+LITTLE = TrainConfig(200, 16, evals=5, eval_windows=32)
 PRESETS = {preset.name: preset for preset in (
-    Preset("smoke", 64, 2, 2, 32, 0.0, LITTLE, LITTLE, (4, 16, 64), 1, texts=16, blanks=16, candidates=2, repeats=4),
-    Preset("cpu", 128, 5, 4, 128, 0.0, TrainConfig(3150, 32, 0.015, evals=21), TrainConfig(1060, 32, weight_decay=0.2),
-           CPU_COUNTS, compiled=True),
+    Preset("smoke", 64, 2, 2, 32, 0.0, LITTLE, LITTLE, (4, 16, 64), 1, 16, blanks=16, compiled=False),
+    Preset("cpu", 128, 5, 4, 128, 0.0, TrainConfig(3150, 32, 0.015, evals=21), TrainConfig(1060, 32, weight_decay=0.2)),
     Preset("gpu", 256, 6, 6, 384, 0.2, TrainConfig(6000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=30),
-           TrainConfig(2000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=20), (*CPU_COUNTS, 256), 16, texts=128, blanks=1000,
-           candidates=8, compiled=True),
-    Preset("cpu_long", 256, 6, 5, 160, 0.0, TrainConfig(6000, 16, 0.015, evals=15), TrainConfig(1500, 16, weight_decay=0.1),
-           CPU_COUNTS, compiled=True),
+           TrainConfig(2000, 64, adamw_lr=2e-3, weight_decay=0.1, evals=20), (8, 16, 32, 64, 128, 256), 16, 128, 1000),
+    Preset("cpu_long", 256, 6, 5, 160, 0.0, TrainConfig(6000, 16, 0.015, evals=15), TrainConfig(1500, 16, weight_decay=0.1)),
 )}  # fmt: skip
 
 
 def choose_preset() -> Preset:
     """$LLADA_PRESET if it is set, else "gpu" where there is one, else "cpu"."""
-    name = os.environ.get("LLADA_PRESET") or ("gpu" if best_device() == "cuda" else "cpu")
+    name = os.environ.get("LLADA_PRESET") or ("gpu" if torch.cuda.is_available() else "cpu")
     _refuse(name not in PRESETS, f"LLADA_PRESET={name!r}: pass one of {', '.join(PRESETS)}")
-    if name == "gpu" and best_device() == "cpu":
+    if name == "gpu" and not torch.cuda.is_available():
         print("No GPU here: the two trainings of the gpu preset take about 30 hours of two CPU cores; cpu_long suits these.")
     return PRESETS[name]

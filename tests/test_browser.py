@@ -49,9 +49,8 @@ def films(prompt, seed):
     ids = tokenizer.encode((prompt + "<b>abcdef & so on</b>")[: len(prompt) + 16])[None]
     order = torch.arange(ids.shape[1])[None] - len(prompt)
     backwards = torch.where(order < 0, -1, order.max() - order)
-    confidence = torch.where(order < 0, 1, torch.tensor([0.9, 0.6, 0.4, 0.1]).repeat(9)[: ids.shape[1]])
     orders = {"forwards": order.clamp(min=-1), "backwards": backwards}
-    made = {name: H.Generation(ids, order, 16, confidence) for name, order in orders.items()}
+    made = {name: H.Generation(ids, order, 16) for name, order in orders.items()}
     frames = {f"{name} {seed}": H.frames(one, tokenizer) for name, one in made.items()}
     return frames | {"race": [a + b for a, b in zip(*frames.values())]}
 
@@ -155,15 +154,6 @@ def press(page, key: str, times: int = 1, viewer: int = 0) -> None:
         page.keyboard.press(key)
 
 
-CLEAR = "rgba(0, 0, 0, 0)"
-
-
-def backgrounds(page) -> list[str]:
-    """The color behind each doubtful character in sight."""
-    return page.evaluate("""() => Array.from(document.querySelectorAll('.llada s')).filter(e => e.checkVisibility())
-        .map(e => getComputedStyle(e).backgroundColor)""")
-
-
 def test_the_slider_moves_without_a_kernel(page, exported):
     page.goto(exported.as_uri())
     shows(page, "pass 0 of 16 · 0 of 16 characters · t = 1.00")
@@ -228,28 +218,12 @@ def test_the_choice_shows_another_generation_and_the_race(page, exported):
     shows(page, "pass 2 of 16")
 
 
-def test_the_check_box_shades_doubtful_characters_without_a_kernel(page, exported):
-    """In one color, the deeper the more doubtful; what is sure is never shaded."""
-    page.goto(exported.as_uri())
-    shows(page, "pass 0 of 16")
-    press(page, "End")
-    shows(page, "pass 16 of 16")
-    assert backgrounds(page) == [CLEAR] * 11
-    page.locator(".llada-shade input").check()
-    shaded = backgrounds(page)
-    assert shaded == (shaded[:3] * 4)[:11], "as the confidence repeats itself: 0.9, and then 0.6, 0.4, 0.1"
-    colors = [re.fullmatch(r"rgba\((.*), ([\d.]+)\)", color).groups() for color in shaded[:3]]
-    assert len({color for color, _ in colors}) == 1 and 0 < float(colors[0][1]) < float(colors[1][1]) < float(colors[2][1])
-    page.locator(".llada-shade input").uncheck()
-    assert set(backgrounds(page)) == {CLEAR}
-
-
 MAIN, BEYOND = "EG_TakeHome_LLaDA.ipynb", "Beyond_the_Assignment.ipynb"
 
 
 @pytest.mark.parametrize("name", [MAIN, BEYOND])
 def test_the_committed_notebook_exported_from_disk(page, tmp_path, name):
-    """Every generation of every viewer runs to its end; two texts are never the same; the shade can be switched on."""
+    """Every generation of every viewer runs to its end; two texts are never the same."""
     shutil.copy(ROOT / name, tmp_path)
     page.goto(export(tmp_path / name).as_uri())
     shows(page, "t = 1.00")
@@ -265,11 +239,6 @@ def test_the_committed_notebook_exported_from_disk(page, tmp_path, name):
             assert all(text.count("t = 0.00") == 1 and "█" not in text for text in frame.all_inner_texts())
             written.append(tuple(viewer.locator(".llada:visible pre").all_inner_texts()))
         assert len(set(written)) == len(written) >= 1
-        sign = viewer.locator(".llada s:visible").first
-        color = "e => getComputedStyle(e).backgroundColor"
-        assert sign.evaluate(color) == CLEAR
-        viewer.locator(".llada-shade input").check()
-        assert sign.evaluate(color) != CLEAR
     press(page, "Home")
     viewers.first.locator(".widget-play button:visible").first.click()
     gets_to(page, 3)
@@ -307,9 +276,6 @@ def test_jupyterlab_moves_the_slider_and_generates_again(page, lab):
     assert page.locator(".llada:visible pre").inner_text() == "<b>" + "█" * 13
     press(page, "End")
     shows(page, "pass 16 of 16")
-    assert set(backgrounds(page)) == {CLEAR}
-    page.locator(".llada-shade input").check()
-    assert CLEAR not in backgrounds(page)
     prompt, again = page.locator(".widget-text input"), page.get_by_role("button", name="Run Interact")
     prompt.fill("bad & ")
     again.click()

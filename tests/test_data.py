@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import requests
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from notebooks import ROOT, python_path
 
 import llada_helpers as h
 
@@ -17,18 +20,14 @@ TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 
 class Response:
-    def __init__(self, content, status=200):
-        self.content, self.status = content, status
-
-    def raise_for_status(self):
-        if self.status >= 400:
-            raise requests.HTTPError(f"{self.status}")
+    def __init__(self, content):
+        self.content = content
 
 
 @pytest.fixture
 def web(monkeypatch, tmp_path):
     """No network: an empty cache, a corpus of our own with its own SHA-256, and a list of what was asked for."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(h, "CACHED", tmp_path / "cache" / "llada" / "tinyshakespeare.txt")
     monkeypatch.setattr(h, "CORPUS_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
 
     class Web:
@@ -57,27 +56,30 @@ def test_path_wins_over_environment(web, tmp_path, monkeypatch):
 
 
 def test_environment_wins_over_cache(web, tmp_path, monkeypatch):
-    h.write_atomically(h.cache_path(), TEXT.encode())
+    h.write_atomically(h.CACHED, TEXT.encode())
     (tmp_path / "b.txt").write_text("from the environment")
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "b.txt"))
     assert h.load_text() == "from the environment"
 
 
-def test_cache_lies_under_xdg_cache_home(web, tmp_path):
-    assert (tmp_path / "cache") in h.cache_path().parents
+def test_cache_lies_under_xdg_cache_home(tmp_path):
+    code = "import llada_helpers as h; print(h.CACHED)"
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert tmp_path in Path(said.strip()).parents
 
 
 def test_right_cache_is_read_without_network(web):
-    h.write_atomically(h.cache_path(), TEXT.encode())
+    h.write_atomically(h.CACHED, TEXT.encode())
     assert h.load_text() == TEXT
     assert web.calls == []
 
 
 def test_wrong_cache_is_replaced(web):
-    h.write_atomically(h.cache_path(), TEXT[:20].encode())  # an interrupted download of long ago
+    h.write_atomically(h.CACHED, TEXT[:20].encode())  # an interrupted download of long ago
     assert h.load_text() == TEXT
     assert len(web.calls) == 1
-    assert h.cache_path().read_text() == TEXT
+    assert h.CACHED.read_text() == TEXT
 
 
 def test_download_is_cached_once_with_a_timeout(web):
@@ -87,14 +89,14 @@ def test_download_is_cached_once_with_a_timeout(web):
     url, kwargs = web.calls[0]
     assert url == h.CORPUS_URL
     assert kwargs.get("timeout"), "without a time-out a dead server hangs the notebook"
-    assert [p.name for p in h.cache_path().parent.iterdir()] == [h.cache_path().name], "a temporary file was left behind"
+    assert [p.name for p in h.CACHED.parent.iterdir()] == [h.CACHED.name], "a temporary file was left behind"
 
 
 @pytest.mark.parametrize(
     "answer",
     [
         Response(b"<html>not the corpus</html>"),
-        Response(TEXT.encode(), status=404),
+        Response(b"404: Not Found"),
         requests.Timeout("too slow"),
         requests.ConnectionError("no network"),
     ],
@@ -105,9 +107,9 @@ def test_failed_download_warns_and_serves_the_offline_corpus(web, answer):
     with pytest.warns(UserWarning) as caught:
         text = h.load_text()
     message = str(caught[0].message)
-    assert str(h.cache_path()) in message and "LLADA_DATA" in message, "the warning must say where to put the file by hand"
-    assert len(text) > 100_000 and text == h._offline_corpus()
-    assert not h.cache_path().exists(), "what failed the check must not be cached"
+    assert str(h.CACHED) in message and "LLADA_DATA" in message, "the warning must say where to put the file by hand"
+    assert len(text) > 100_000 and text == h.OFFLINE_CORPUS
+    assert not h.CACHED.exists(), "what failed the check must not be cached"
 
 
 def test_right_download_does_not_warn(web):
@@ -161,9 +163,9 @@ def test_directory_is_an_error(tmp_path):
 
 def test_corpus_name(web, tmp_path, monkeypatch):
     assert h.corpus_name(TEXT) == "TinyShakespeare"
-    assert "offline" in h.corpus_name(h._offline_corpus())
+    assert "offline" in h.corpus_name(h.OFFLINE_CORPUS)
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "moby.txt"))
-    assert h.corpus_name("Call me Ishmael.") == "moby"
+    assert h.corpus_name("Call me Ishmael.") == "own text (moby)"
     assert h.corpus_name(TEXT) == "TinyShakespeare", "whatever its file is called"
 
 
@@ -173,42 +175,26 @@ def test_the_checksum_decides_and_not_the_name(web, tmp_path, monkeypatch, name)
     (tmp_path / name).write_text(TEXT.replace("First", "Third"))
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / name))
     text = h.load_text()
-    assert h.corpus_name(text) == "own text" and not h.is_corpus(text.encode())
+    assert h.corpus_name(text) != "TinyShakespeare" and "own text" in h.corpus_name(text) and not h.is_corpus(text.encode())
     assert h.Results(h.PRESETS["cpu"], text).folder == Path("build", "cpu", "figures")
-
-
-NAMES = {"prices_$5_to_$9": None, "<b>&": None, "M\u00f6b\u03c0": None, "\u9053\u5fb7\u7d93": "own text"}
-
-
-@pytest.mark.parametrize("name, shown", NAMES.items())
-def test_names_are_literal_or_not_shown(tmp_path, monkeypatch, name, shown):
-    """A figure's font has no boxes to show for it."""
-    monkeypatch.setenv("LLADA_DATA", str(tmp_path / f"{name}.txt"))
-    assert h.corpus_name("some text") == (shown or name)
 
 
 def test_a_text_that_cannot_be_cached_is_used_all_the_same(web, monkeypatch, recwarn):
     """The cache is a file where a folder should be: neither readable nor writable, whoever asks."""
-    h.cache_path().parent.parent.parent.mkdir(exist_ok=True)
-    h.cache_path().parent.parent.write_text("a file")
+    h.CACHED.parent.parent.parent.mkdir(exist_ok=True)
+    h.CACHED.parent.parent.write_text("a file")
     assert h.load_text() == TEXT == h.load_text() and len(web.calls) == 2 and not recwarn.list
 
 
 @pytest.mark.parametrize("way", ["read_bytes", "write_bytes"])
 def test_a_cache_without_permission_is_none(web, monkeypatch, way, recwarn):
-    h.write_atomically(h.cache_path(), TEXT[:9].encode())
+    h.write_atomically(h.CACHED, TEXT[:9].encode())
 
     def refused(*_):
         raise PermissionError("not yours")
 
     monkeypatch.setattr(Path, way, refused)
     assert h.load_text() == TEXT and not recwarn.list
-
-
-def test_the_cache_of_who_has_no_home(monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert h.cache_path().is_absolute()
 
 
 @pytest.mark.parametrize("preset", h.PRESETS.values(), ids=lambda p: p.name)
@@ -385,7 +371,7 @@ def test_own_text_is_learned_and_continued(tmp_path, monkeypatch, raw, causal):
     assert text.encode() == raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").removeprefix(b"\xef\xbb\xbf")
     assert tokenizer.vocab_size == 4 + len(set(text))
     assert len(written) == SEQ_LEN and set(written) <= set(text)
-    assert h.corpus_name(text) == "own"
+    assert h.corpus_name(text) == "own text (own)"
 
 
 def test_the_text_of_many_characters_has_200():
@@ -419,6 +405,6 @@ def test_train_on_nothing_is_an_error_before_anything_is_written(tmp_path, train
     model = h.ModelConfig(vocab_size=9, seq_len=4, n_layer=1, n_head=1, n_embd=8)
     shape = [(n, 4) if rows else (n,) for n in (train_count, val_count)]
     data = [torch.full(s, 5) for s in shape]
-    with pytest.raises(ValueError, match=rf"{data[0].numel()}\b.*{data[1].numel()} ids\b.*pass"):
+    with pytest.raises(ValueError, match=rf"\({data[0].numel()}, {data[1].numel()}\) ids: pass"):
         h.train("none", h.Job(model, h.TrainConfig(steps=1, batch_size=1), *data), root=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """Section 6: samplers against enumerated distributions and against plain-Python rewritings, and strategies of a user's own."""
 
-import functools
 import inspect
 import itertools
 import math
@@ -18,21 +17,20 @@ from oracle import (
     ChiSquare,
     ExactAR,
     ExactPredictor,
-    WithoutFloat64,
     WrongPredictor,
     fill,
     masks,
-    on_apple,
     seeded,
     templates,
 )
 
 import llada_helpers as h
-from beyond.likelihood import any_order_nll, choose, low_noise_nelbo, masked_nll
+from beyond.likelihood import any_order_nll, low_noise_nelbo, masked_nll
 
 EXACT = ExactPredictor(length=3, symbols=3)
 TRUTH = EXACT.logp.exp()
 VOCABULARY = 10
+REMASKING = ("low_confidence", "random", "ancestral", "entropy", "margin")
 ROWS = 6000
 
 
@@ -131,7 +129,7 @@ def test_margin_order_takes_the_clearest_decision_first():
     def predict(ids):
         return torch.nn.functional.pad(logits, (4, 0), value=-math.inf).expand(len(ids), -1, -1)
 
-    orders = {name: fill(predict, masks(1, 2), remasking=name, steps=2).order.tolist() for name in h.REMASKING}
+    orders = {name: fill(predict, masks(1, 2), remasking=name, steps=2).order.tolist() for name in REMASKING}
     assert orders["margin"] == [[1, 0]] and orders["entropy"] == orders["low_confidence"] == [[0, 1]]
 
 
@@ -374,7 +372,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(remasking):
 # --- what a generation remembers ---
 
 
-@pytest.mark.parametrize("remasking", [*h.REMASKING, left_to_right, hasty, slow])
+@pytest.mark.parametrize("remasking", [*REMASKING, left_to_right, hasty, slow])
 @pytest.mark.parametrize("options", [{}, {"block_length": 3, "forbidden": (0, 4)}, {"temperature": 2.0, "top_p": 0.8}], ids=str)
 def test_confidence_is_the_models_probability_at_the_pass_that_committed(remasking, options):
     """Before temperature, nucleus and what is forbidden; and 1 for what was given."""
@@ -425,7 +423,7 @@ def requests(draw):
     options = {
         "steps": n_blocks * draw(st.integers(1, 6)),
         "block_length": block_length,
-        "remasking": draw(st.sampled_from([*h.REMASKING, left_to_right, hasty, slow, careless])),
+        "remasking": draw(st.sampled_from([*REMASKING, left_to_right, hasty, slow, careless])),
         "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 3.0])),
         "top_p": draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
         "forbidden": tuple(draw(st.sets(st.sampled_from([0, 2, 3, 4, 9]), max_size=5))),
@@ -458,7 +456,7 @@ def test_what_always_holds(request):
     assert (generation.confidence[given_tokens] == 1).all()
     if remasking is not slow:
         assert generation.nfe <= steps and last < steps
-    if remasking in (*h.REMASKING, left_to_right, careless) and remasking != "ancestral":
+    if remasking in (*REMASKING, left_to_right, careless) and remasking != "ancestral":
         if block_length is None:
             for k in range(steps):
                 state = generation.state_after(k)
@@ -497,7 +495,7 @@ def test_mask_is_never_predicted_even_if_it_is_likeliest():
 
 def test_same_seed_same_generation():
     predict = WrongPredictor(VOCABULARY)
-    for remasking in h.REMASKING:
+    for remasking in REMASKING:
         a, b, c = (fill(predict, masks(20, 8), remasking=remasking, temperature=1.0, generator=seeded(s)) for s in (1, 1, 2))
         assert torch.equal(a.ids, b.ids) and torch.equal(a.order, b.order)
         assert not torch.equal(a.ids, c.ids)
@@ -720,15 +718,6 @@ def test_cache_asks_only_for_what_is_new():
     assert widths == [4, 1, 1, 1]
 
 
-def test_a_model_that_is_asked_on_another_device_keeps_its_cache():
-    """What stands between sampler and model forwards what a cache needs, and the model is found behind it."""
-    model, widths = small_model(causal=True).eval(), []
-    elsewhere = functools.wraps(model)(lambda ids, **options: widths.append(ids.shape[1]) or model(ids, **options))
-    options = {"start_id": START, "temperature": 0.0}
-    made, plain = (h.generate_ar(m, torch.full((1, 3), 5), 4, **options).ids for m in (elsewhere, model))
-    assert torch.equal(made, plain) and widths == [4, 1, 1, 1]
-
-
 def test_ar_forbidden_tokens_are_not_produced():
     prompt = torch.full((200, 1), 4)
     forbidden = (0, 1, 2, 3, 4, 9)
@@ -784,7 +773,7 @@ def test_logits_that_are_not_finite_are_refused(value, token, temperature):
         logits[-1, -1, token] = value
         return logits
 
-    for remasking in h.REMASKING:
+    for remasking in REMASKING:
         with pytest.raises(ValueError, match="not finite"):
             fill(predict, masks(3), remasking=remasking, steps=1, temperature=temperature)
     with pytest.raises(ValueError, match="not finite"):
@@ -795,9 +784,9 @@ def test_logits_that_are_not_finite_are_refused(value, token, temperature):
 
 @pytest.mark.parametrize("options", [{"temperature": math.inf}, {"temperature": math.nan}, {"top_p": math.inf}], ids=str)
 def test_arguments_that_are_not_finite_are_refused(options):
-    with pytest.raises(ValueError, match="pass a temperature"):
+    with pytest.raises(ValueError, match="pass one"):
         fill(WrongPredictor(VOCABULARY), masks(2), **options)
-    with pytest.raises(ValueError, match="pass a temperature"):
+    with pytest.raises(ValueError, match="pass one"):
         h.generate_ar(WrongPredictor(VOCABULARY), torch.full((1, 2), 5), 2, start_id=START, **options)
 
 
@@ -849,43 +838,10 @@ def test_other_integers_are_refused_by_name(call, kind):
         call(small_model(), torch.tensor([[1, 5, 1]]).to(kind), MASK)
 
 
-@pytest.mark.parametrize("remasking", h.REMASKING)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_device_without_float64_gives_the_same_tokens(remasking, temperature):
-    """Apple's GPUs: the model is asked there, the arithmetic in float64 is done on the CPU."""
-    predict, template = WrongPredictor(VOCABULARY, seed=1), masks(4, 6)
-    options = {"remasking": remasking, "temperature": temperature, "steps": 3, "top_p": 0.9}
-    made = fill(predict, template, generator=seeded(1), **options)
-    with WithoutFloat64():
-        there = fill(on_apple(predict), template.to("mps"), generator=seeded(1), **options)
-        assert torch.equal(made.ids, there.ids.cpu()) and torch.equal(made.order, there.order.cpu())
-
-
-def test_a_device_without_float64_gives_the_same_likelihoods():
-    rows, predict = torch.tensor([[4, 5, 6], [6, 4, 4]]), WrongPredictor(VOCABULARY)
-    ids, options = [torch.tensor(x) for x in ([4, 5], [6], [7])], {"n_samples": 4}
-    with WithoutFloat64():
-        for bound in (h.nelbo, low_noise_nelbo):
-            here = bound(predict, rows, MASK, generator=seeded(1), **options)
-            there = bound(on_apple(predict), rows.to("mps"), MASK, generator=seeded(1), **options)
-            assert torch.equal(here, there.cpu())
-        here = choose(predict, ids[0], ids[1:], MASK, generator=seeded(1), **options)
-        prompt, *answers = (x.to("mps") for x in ids)
-        assert here == choose(on_apple(predict), prompt, answers, MASK, generator=seeded(1), **options)
-
-
-def test_ar_on_a_device_without_float64():
-    prompt, options = torch.tensor([[5, 6]]), {"start_id": START}
-    here = h.generate_ar(WrongPredictor(VOCABULARY), prompt, 4, generator=seeded(1), **options)
-    with WithoutFloat64():
-        there = h.generate_ar(on_apple(WrongPredictor(VOCABULARY)), prompt.to("mps"), 4, generator=seeded(1), **options)
-        assert torch.equal(here.ids, there.ids.cpu())
-
-
 # --- blocks are a strategy around a strategy ---
 
 
-@pytest.mark.parametrize("remasking", [*h.REMASKING, left_to_right, hasty, slow])
+@pytest.mark.parametrize("remasking", [*REMASKING, left_to_right, hasty, slow])
 @pytest.mark.parametrize("rows", ["even", "ragged"])
 def test_block_length_is_short_for_blockwise(remasking, rows):
     template = masks(3, 8)
@@ -916,6 +872,6 @@ def test_blockwise_by_itself_shows_its_strategy_the_first_block_that_is_left():
 @pytest.mark.parametrize("length, steps, word", [(4, 6, "block_length"), (0, 6, "block_length"), (2, 4, "steps")])
 def test_blockwise_refuses_what_does_not_divide(length, steps, word):
     predict = WrongPredictor(VOCABULARY)
-    with pytest.raises(ValueError, match=f"^{word}.*pass"):
+    with pytest.raises(ValueError, match=f"{word}.*pass"):
         fill(predict, masks(2, 6), steps=steps, remasking=h.blockwise(h.entropy, length))
     assert predict.calls == 0

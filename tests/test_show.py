@@ -177,11 +177,6 @@ def things(tmp_path_factory):
         yield {**vars(module), "Thing.method": module.Thing.method}
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_docstrings_are_shortened_and_nothing_else_changes(things, name):
-    assert h.shown_source(things[name]) == SHOWN[name].strip()
-
-
 def display(monkeypatch, *things) -> str:
     """The Markdown that show displays."""
     displayed = []
@@ -189,6 +184,16 @@ def display(monkeypatch, *things) -> str:
     h.show(*things)
     (markdown,) = displayed
     return markdown.data
+
+
+def shown_source(monkeypatch, thing) -> str:
+    """The code alone."""
+    return display(monkeypatch, thing).split("```python\n")[1].removesuffix("\n```\n\n</div>")
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_docstrings_are_shortened_and_nothing_else_changes(things, name, monkeypatch):
+    assert shown_source(monkeypatch, things[name]) == SHOWN[name].strip()
 
 
 def test_show_displays_highlighted_markdown(things, monkeypatch):
@@ -231,10 +236,10 @@ class Reduced(ast.NodeTransformer):
 
 
 @pytest.mark.parametrize("name", public())
-def test_what_is_shown_is_what_runs(name):
+def test_what_is_shown_is_what_runs(name, monkeypatch):
     """It compiles, it has the meaning of the source, and its lines are the source's, in their order, but for closing quotes."""
     thing = public()[name]
-    source, shown = textwrap.dedent(inspect.getsource(thing)), h.shown_source(thing)
+    source, shown = textwrap.dedent(inspect.getsource(thing)), shown_source(monkeypatch, thing)
     assert ast.dump(ast.parse(shown)) == ast.dump(Reduced().visit(ast.parse(source)))
     compile(shown, name, "exec")
     lines = iter(line.removesuffix('"""') for line in source.split("\n"))

@@ -42,6 +42,7 @@ MODEL = h.ModelConfig(vocab_size=10, seq_len=8, n_layer=1, n_head=2, n_embd=8, d
 STEADY = replace(MODEL, dropout=0.0)
 CONFIG = h.TrainConfig(steps=8, batch_size=4, evals=4, eval_windows=4)
 TRAIN_IDS = torch.randint(4, 10, (200,), generator=torch.Generator().manual_seed(0))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "train_acc", "val_acc", "lr", "grad_norm"]
 VAL_IDS = torch.randint(4, 10, (60,), generator=torch.Generator().manual_seed(1))  # its last window is padded
 
@@ -172,7 +173,7 @@ def test_training_learns_and_leaves_its_record(tmp_path, causal):
     assert record["complete"] and record["steps"] == 30 and record["tokens"] == 30 * 32
     assert record["best"] == run.metrics.val_loss.min()
     assert record["parameters"] == run.model.n_parameters and record["tokens"] == 30 * 32
-    assert {"device", "torch", "python", "commit", "data_sha256", "processes", "precision"} <= record.keys()
+    assert {"device", "torch", "python", "commit", "processes", "precision"} <= record.keys()
     assert list(run.path.glob("events.out.tfevents*"))
     folder = tmp_path / "checkpoints" / run.path.name
     assert {p.name for p in (folder / "best").iterdir()} >= {"config.json", "model.safetensors"}
@@ -243,7 +244,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(reference, tmp_path, inter
 
 
 def test_interrupted_by_the_keyboard_between_two_steps(reference, tmp_path, monkeypatch, capsys):
-    """It says at which step, and from which file the next call goes on."""
+    """It says at which step, and where the checkpoint is from which the next call goes on."""
     run, root = reference
 
     class Bar(h.tqdm):
@@ -255,7 +256,7 @@ def test_interrupted_by_the_keyboard_between_two_steps(reference, tmp_path, monk
 
     monkeypatch.setattr(h, "tqdm", Bar)
     broken = train(tmp_path)
-    assert re.search(rf"step 5\b.*{re.escape(str(checkpoint(broken, tmp_path) / 'last.state'))}", capsys.readouterr().out)
+    assert re.search(rf"step 5\b.*{re.escape(str(checkpoint(broken, tmp_path)))}", capsys.readouterr().out)
     monkeypatch.undo()
     same_result(run, root, train(tmp_path), tmp_path)
 
@@ -279,7 +280,7 @@ def test_interrupted_during_validation(reference, tmp_path, monkeypatch, occasio
     same_result(run, root, train(tmp_path), tmp_path)
 
 
-FILES = ["sha256", "config.json", "model.safetensors", "metrics.csv", "previous.state", "last.state"]
+FILES = ["config.json", "model.safetensors", "metrics.csv", "previous.state", "last.state"]
 RENAMES = [(file, occasion) for file in FILES for occasion in (1, 4 - (file[0] == "p"))]
 
 
@@ -549,18 +550,18 @@ def test_interrupted_before_the_first_validation_returns_the_model_as_it_is(tmp_
     assert len(run.metrics) == 0 and list(run.metrics.columns) == COLUMNS
     assert math.isnan(run.summary["best"]) and run.summary["tokens"] == run.summary["seconds"] == 0
     said = capsys.readouterr().out
-    assert "step 0" in said and "no checkpoint" in said and ".state" not in said
+    assert "step 0" in said and "if there is one" in said
     for p, q in zip(run.model.parameters(), start.parameters()):
         assert torch.allclose(p.cpu(), q, atol=1e-6)
 
 
-BEST = {"cut to 0": cut(0), "cut to 100": cut(100), "weight": flip(0.9), "header": flip(0.05), "last byte": flip(1)}
+BEST = {f"cut to {n}": cut(n) for n in (0, 100, -10)}
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", BEST)
 def test_damaged_best_model_is_refused_by_name(reference, tmp_path, damage, file):
-    """A finished run is as protected as a state."""
+    """Whatever is cut short: both formats know how long they are."""
     root = shutil.copytree(reference[1], tmp_path / "copy")
     (best,) = root.glob("checkpoints/*/best")
     (best / file).write_bytes(BEST[damage]((best / file).read_bytes()))
@@ -583,32 +584,19 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
             h.load_model(folder)
 
 
-def test_a_model_saved_without_a_checksum_is_loaded(tmp_path):
+def test_a_model_saved_by_hub_is_loaded(tmp_path):
     model = trained_like(STEADY)
     model.save_pretrained(tmp_path)
     assert torch.equal(h.load_model(tmp_path).head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2", None])
+@pytest.mark.parametrize("text", ["", "{", "[1, 2"])
 def test_damaged_record_is_written_anew(reference, tmp_path, text):
-    """And the metrics, if they are gone: the last state has all."""
+    """The last state has all."""
     run, root = reference[0], shutil.copytree(reference[1], tmp_path / "copy")
     (record,) = root.glob("runs/*/run.json")
-    (record if text is not None else record.with_name("metrics.csv")).unlink()
-    if text is not None:
-        record.write_text(text)
+    record.write_text(text)
     same_result(run, reference[1], train(root), root)
-
-
-def test_what_killed_processes_left_is_cleared_away(reference, copy):
-    """`.last.state.PID` and its like, as long as the model, in all three folders; nothing else that lies there."""
-    (run, reference_root), (root, last, _) = reference, copy
-    left = [folder / name for name in (".last.state.4711", ".run.json.12") for folder in (last.parent, last.parent / "best")]
-    (folder,) = root.glob("runs/*")
-    for path in (*left, folder / ".metrics.csv.4711", folder / "my notes.txt"):
-        path.write_text("half a file")
-    same_result(run, reference_root, train(root), root)
-    assert [p.name for p in root.rglob("*") if p.is_file() and p.read_bytes() == b"half a file"] == ["my notes.txt"]
 
 
 HOLD = """
@@ -662,52 +650,22 @@ def test_two_processes_at_the_same_training_end_alike(reference, tmp_path):
 
 
 def test_a_compiler_that_fails_is_done_without(reference, tmp_path):
-    """A g++ that is there and exits with 1: said once, trained as without it."""
+    """A g++ that is there and exits with 1: PyTorch says so, and what is trained is as without it."""
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\nexit 1\n")
     compiler.chmod(0o755)
-    code = (
-        "import sys, warnings, test_training as t\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    for root in sys.argv[1:]:\n"
-        "        t.h.train('tiny', t.job_of(), root=root, compiled=True)\n"
-        "print(sum('torch.compile does not work here' in str(w.message) for w in caught), 'said')\n"
-    )
-    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    roots = [str(tmp_path / name) for name in "ab"]
-    done = subprocess.run([sys.executable, "-c", code, *roots], env=env, capture_output=True, text=True, timeout=300)
+    code = "import sys, test_training as t; t.h.train('tiny', t.job_of(), root=sys.argv[1], compiled=True)"
+    threads = str(torch.get_num_threads())
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "CXX": str(compiler), "OMP_NUM_THREADS": threads}
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "1 said" in done.stdout
-    same_result(reference[0], reference[1], train(roots[1]), roots[1])
-
-
-@pytest.fixture
-def no_memory_of_trials():
-    h.works.cache_clear()
-    yield
-    h.works.cache_clear()
-
-
-def test_a_device_that_is_there_and_does_not_work_is_done_without(no_memory_of_trials, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.warns(UserWarning, match="mps does not work here"):
-        assert h.best_device() == "cpu"
-    assert h.mixed_precision() == "no"
-
-
-def test_a_device_that_trains_wrong_is_done_without(no_memory_of_trials, monkeypatch):
-    """As Macs had it: an optimizer's step that does nothing, and says nothing."""
-    step, steps = torch.optim.AdamW.step, []
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1) or (len(steps) > 1 and step(self)))
-    with pytest.warns(UserWarning, match="cpu does not work here"):
-        assert not h.works("cpu")
-    assert h.works.cache_clear() or h.works("cpu")
+    assert "WON'T CONVERT" in done.stderr
+    same_result(reference[0], reference[1], train(tmp_path), tmp_path)
 
 
 def test_training_needs_no_float64(tmp_path):
-    """A Mac's GPU has none. Validation aside, which is the estimators' own affair."""
+    """Slow on GPUs. Validation aside, which is the estimators' own affair."""
 
     class NoDoubles(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -746,7 +704,7 @@ def test_a_training_loss_above_a_blank_models_stops_it(tmp_path):
 
     config = replace(CONFIG, steps=100, evals=4, muon_lr=0.0, adamw_lr=0.1, decay=0.0)
     assert train(tmp_path, config, make_batch=turning).metrics.train_loss.max() > math.log(10)
-    with pytest.raises(RuntimeError, match=r"'step': 104\b.*lower.*last\.state"):
+    with pytest.raises(RuntimeError, match=r"'step': 104\b.*lower.*checkpoint"):
         train(tmp_path, replace(config, steps=104), make_batch=turning)
 
 
@@ -817,7 +775,7 @@ DECIDES = {
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
-    ("llada_helpers", "2"): "69198a4626b6b1f8de704539a02f4230370f09148ca64acbc32b17dcf320412d",
+    ("llada_helpers", "2"): "99e923c03e558953833c0d872f29660aa211f65445b7215437280fe2000ba799",
     ("beyond", "2"): "3f6a6f51c5fcdb9d9797e27803c04133dc216a344e502c2a103348d58e3ad44a",
 }
 
@@ -891,7 +849,7 @@ def test_infinite_loss_names_the_step_and_keeps_the_good_checkpoint(tmp_path):
         return inputs, targets, weight * (math.inf if len(calls) == 5 else 1)
 
     calls = []
-    with pytest.raises(RuntimeError, match=r"'step': 6\b.*last\.state") as error:
+    with pytest.raises(RuntimeError, match=r"'step': 6\b.*checkpoint") as error:
         train(tmp_path, make_batch=poisoned)
     assert "lower" in str(error.value), "it says what to do"
     (path,) = tmp_path.glob("checkpoints/*/last.state")
@@ -922,22 +880,19 @@ def test_exploding_training_stops(tmp_path):
     """A finite loss far above that of a blank model: nothing more is learned, and the message says where it happened."""
     with pytest.raises(RuntimeError, match="lower") as error:
         train(tmp_path, config=EXPLOSIVE)
-    step, factor, muon, adamw = re.search(r"'step': (\d+).* (\S+) x (\S+) and (\S+);", str(error.value)).groups()
-    assert float(factor) == pytest.approx(h.learning_rate_factor(int(step) - 1, EXPLOSIVE), rel=1e-2)
-    assert (float(muon), float(adamw)) == (EXPLOSIVE.muon_lr, EXPLOSIVE.adamw_lr)
+    step, rate = re.search(r"'step': (\d+).*'lr': ([\d.]+)", str(error.value)).groups()
+    assert float(rate) == pytest.approx(EXPLOSIVE.muon_lr * h.learning_rate_factor(int(step) - 1, EXPLOSIVE))
     (path,) = tmp_path.glob("checkpoints/*/last.state")
-    assert str(path) in str(error.value) and 0 < step_of(path) < int(step)
+    assert str(path.parent) in str(error.value) and 0 < step_of(path) < int(step)
     (folder,) = tmp_path.glob("runs/*")
     assert complete(tmp_path) == [False]
     assert pd.read_csv(folder / "metrics.csv").train_loss.max() < 3 * math.log(10)
 
 
-def test_exploding_at_the_first_validation_names_no_checkpoint(tmp_path):
-    """There is none yet."""
-    with pytest.raises(RuntimeError, match=r"'step': 2\b.*no checkpoint") as error:
+def test_exploding_at_the_first_validation_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(RuntimeError, match=r"'step': 2\b"):
         train(tmp_path, config=replace(EXPLOSIVE, warmup=0.0))
     assert not list(tmp_path.glob("checkpoints/*/*.state"))
-    assert "last.state" not in str(error.value)
 
 
 @pytest.mark.parametrize("sizes", [{"steps": 0}, {"batch_size": 0}, {"evals": 0}, {"accumulation": 0}, {"eval_windows": 0}])
@@ -1329,7 +1284,7 @@ def test_batch_that_two_processes_cannot_share_is_refused(two_processes):
 def loop(monkeypatch, job, scaler=None):
     """Three steps of the loop itself under a loss scale; the gradient norms and the parameters at the end."""
     torch.manual_seed(0)
-    accelerator, norms = h.Accelerator(cpu=h.best_device() == "cpu"), []
+    accelerator, norms = h.Accelerator(cpu=not torch.cuda.is_available()), []
     accelerator.scaler = scaler
     model = h.Transformer(job.model)
     network, optimizer = accelerator.prepare(model, h.make_optimizer(model, job.train))
@@ -1346,7 +1301,7 @@ def loop(monkeypatch, job, scaler=None):
 def test_one_loss_scale_for_muon_and_adamw(monkeypatch, config):
     """fp16 scales the loss; the scale must be taken out of all gradients exactly once, before they are clipped."""
     job = job_of(config, STEADY)
-    scaler = torch.amp.GradScaler(h.best_device(), init_scale=2.0**10, growth_interval=2)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=2)
     norms, plain, _ = loop(monkeypatch, job)
     norms_scaled, scaled, optimizer = loop(monkeypatch, job, scaler)
     assert scaler.get_scale() == 2.0**11, "it was updated once a step"
@@ -1362,7 +1317,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(monkeypatch):
         inputs, targets, weight = h.diffusion_batch(sequences, generator, learned)
         return inputs, targets, weight * math.inf
 
-    scaler = torch.amp.GradScaler(h.best_device(), init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
     _, after, optimizer = loop(monkeypatch, job_of(model=STEADY, make_batch=infinite), scaler)
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(h.Transformer(STEADY).parameters(), after))
@@ -1376,7 +1331,7 @@ def scaled(monkeypatch):
 
     def with_scaler(*given, **options):
         accelerator = accelerate(*given, **options)
-        accelerator.scaler = torch.amp.GradScaler(h.best_device(), init_scale=2.0**10, growth_interval=3)
+        accelerator.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=3)
         made.append(accelerator)
         return accelerator
 
@@ -1403,11 +1358,10 @@ def test_a_resumed_loss_scale_is_where_it_was(scaled, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("first", ["with", "without"])
 def test_a_state_is_resumed_where_precision_is_another(scaled, tmp_path, monkeypatch, first):
-    """From a T4 to a CPU and back: the state has a loss scale that is of no use, or lacks one. It goes on, and says so."""
+    """From a T4 to a CPU and back: the state has a loss scale that is of no use, or lacks one."""
     kinds = [scaled[0], train] if first == "with" else [train, scaled[0]]
     with monkeypatch.context() as patch:
         interrupt_in(patch, 6)
         kinds[0](tmp_path, model=STEADY)
-    with pytest.warns(UserWarning, match="precision, unlike before"):
-        run = kinds[1](tmp_path, model=STEADY)
+    run = kinds[1](tmp_path, model=STEADY)
     assert run.summary["complete"] and run.metrics.step.tolist() == [2, 4, 6, 8]

@@ -14,7 +14,7 @@ from beyond import decoding as d
 
 TEXT = "To <b>be</b> & not\nto be"
 TOKENIZER = h.CharTokenizer.from_text(TEXT)
-MASKED, NEW, SETTLED, DOUBTFUL = 0, 1, 2, (3, 4, 5)
+MASKED, NEW = 0, 1
 
 
 def predict(ids):
@@ -31,11 +31,11 @@ def generation(rows: int = 1, revisions: int = 0, **options) -> h.Generation:
     return d.revise(predict, made, mask_id=h.MASK_ID, passes=revisions, **sampled) if revisions else made
 
 
-def written_by_hand(text: str = TEXT, confidence: torch.Tensor | None = None) -> h.Generation:
+def written_by_hand(text: str = TEXT) -> h.Generation:
     """Two characters given, then one per pass, from the end."""
     order = torch.arange(len(text)).flip(0)
     order[:2] = -1
-    return h.Generation(TOKENIZER.encode(text)[None], order[None], len(text) - 2, confidence)
+    return h.Generation(TOKENIZER.encode(text)[None], order[None], len(text) - 2)
 
 
 def states(page: list) -> list[int]:
@@ -43,7 +43,7 @@ def states(page: list) -> list[int]:
 
 
 def plain(frame: str) -> str:
-    return html.unescape(re.sub(r"</?[ius]\b[^>]*>", "", re.search("<pre>(.*)</pre>", frame, flags=re.S).group(1)))
+    return html.unescape(re.sub(r"</?[iu]>", "", re.search("<pre>(.*)</pre>", frame, flags=re.S).group(1)))
 
 
 def numbers(frame: str) -> list[str]:
@@ -102,23 +102,6 @@ def test_a_page_tells_masked_new_and_settled_characters():
         assert states(page) == [2, 2] + [0] * (n - 2 - k) + [1] * min(k, 1) + [2] * max(k - 1, 0)
 
 
-def test_settled_characters_keep_their_doubt():
-    """The less probable a character was when it was committed, the higher its state; a new one is just new."""
-    levels = torch.tensor([1.0, 1.0, 0.9, 0.76, 0.74, 0.51, 0.49, 0.26, 0.24, 0.0])
-    made = written_by_hand(TEXT[:10], levels[None])
-    *_, before, last = h.pages(made, TOKENIZER)
-    assert states(last) == [2, 2, NEW, 2, 3, 3, 4, 4, 5, 5]
-    assert states(before) == [2, 2, MASKED, NEW, 3, 3, 4, 4, 5, 5]
-
-
-def test_doubt_is_that_of_the_generation():
-    made = generation(steps=21)
-    expected = 2 + sum((made.confidence[0] < level).long() for level in (0.75, 0.5, 0.25))
-    settled = made.order[0] < 20
-    assert torch.equal(torch.tensor(states(h.pages(made, TOKENIZER)[-1]))[settled], expected[settled])
-    assert len(set(expected.tolist())) > 2
-
-
 def test_lines_stay_where_they_are_while_the_text_is_written():
     made = generation(steps=21)
     shapes = {tuple(len(line) for line in page) for page in h.pages(made, TOKENIZER, width=10)}
@@ -154,23 +137,13 @@ def test_frames_escape_the_text_and_say_the_numbers():
     assert all(len(re.findall("<u>(.*?)</u>", frame)) == 1 for frame in frames[1:])
 
 
-def test_frames_mark_three_degrees_of_doubt():
-    """In <s> with a mark of its own for each; what is sure, given, new or masked has none."""
-    levels = torch.tensor([[1.0, 1.0, 0.2, 0.9, 0.6, 0.4, 0.1, 0.1]])
-    *_, frame = h.frames(written_by_hand(TEXT[:8], levels), TOKENIZER)
-    found = re.findall(r"<s ([^>]*)>(.*?)</s>", frame)
-    assert [html.unescape(text) for _, text in found] == ["b", ">", "be"] and len({mark for mark, _ in found}) == 3
-    assert [html.unescape(text) for text in re.findall("<u>(.*?)</u>", frame)] == [" "] and plain(frame) == TEXT[:8]
-
-
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a&b", "$x$ \\frac", "</pre><img src=x onerror=alert(1)>"])
 def test_no_text_becomes_markup(text):
     tokenizer = h.CharTokenizer.from_text(text)
     ids = tokenizer.encode(text)[None]
-    doubt = torch.linspace(0, 1, len(text))[None]
-    made = h.Generation(ids, torch.arange(len(text))[None], len(text), doubt)
+    made = h.Generation(ids, torch.arange(len(text))[None], len(text))
     for frame in h.frames(made, tokenizer):
-        assert set(re.findall("<(/?[a-z]+)", frame)) <= {"div", "/div", "pre", "/pre", "u", "/u", "i", "/i", "s", "/s"}
+        assert set(re.findall("<(/?[a-z]+)", frame)) <= {"div", "/div", "pre", "/pre", "u", "/u", "i", "/i"}
     assert plain(frame) == text
 
 
@@ -222,17 +195,6 @@ def test_films_may_be_any_frames():
     assert "pass 10 of 22 · 10 of 22 characters" in shown[10] and "pass 3 of 3 · 21 of 21 characters" in shown[10]
 
 
-def test_the_shade_needs_nothing_but_the_page():
-    """A check box whose state the style asks for, and a rule for each mark that the frames use."""
-    made = written_by_hand(confidence=torch.linspace(0, 1, len(TEXT))[None])
-    viewer = h.DenoisingViewer({"a": h.frames(made, TOKENIZER)})
-    assert viewer.shade.value is False and viewer.shade in every_child(viewer)
-    style = next(w.value for w in every_child(viewer) if isinstance(w, ipywidgets.HTML) and "<style>" in w.value)
-    (switch,) = viewer.shade._dom_classes
-    assert f".{switch} input:checked" in style and ":has(" in style
-    assert set(viewer._dom_classes) == {"llada-viewer"}
-
-
 def test_the_older_ipywidgets_of_colab_will_do(monkeypatch):
     """Version 7 has no Stack."""
     monkeypatch.delattr(ipywidgets, "Stack")
@@ -245,9 +207,8 @@ def test_four_generations_are_stored_sparingly():
     """Four of 128 characters and 65 frames, and a race of 129, well below the notebook's 3 MB."""
     ids = torch.full((1, 128), TOKENIZER.encode("o").item())
     spread = torch.randperm(128, generator=torch.Generator().manual_seed(0))
-    doubt = torch.rand(1, 128, generator=torch.Generator().manual_seed(1))
-    film = h.frames(h.Generation(ids, spread[None] // 2, 64, doubt), TOKENIZER)
-    alone = h.frames(h.Generation(ids, torch.arange(128)[None], 128, doubt), TOKENIZER)
+    film = h.frames(h.Generation(ids, spread[None] // 2, 64), TOKENIZER)
+    alone = h.frames(h.Generation(ids, torch.arange(128)[None], 128), TOKENIZER)
     race = [a + b for a, b in zip(alone, film + film[-1:] * 64)]
     viewer = h.DenoisingViewer({**{str(i): film for i in range(4)}, "race": race})
     wanted = {widget.model_id for widget in every_child(viewer)}
