@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from notebooks import (
     BEYOND,
     CORPUS,
@@ -28,9 +29,9 @@ from beyond.experiments import suite, suite_mark
 
 CLOCK_COLUMNS = re.compile(r"second|tokens/s|commit")
 NOTEBOOKS = [MAIN, BEYOND]
-ASKED = {"models", "loss_check", "training", "perplexity", "gap", "speed", "samples", "quality", "failure", "infilling"}
-ASKED |= {"same_prompt", "runs"}
-SUITES = ["ablations", "blocks", "budget", "crossover", "schedule", "tuning", "tuning_ar", "tuning_weights", "vocabulary"]
+ASKED = {"loss_check", "training", "convergence", "perplexity", "gap", "speed", "samples", "quality", "same_prompt", "failure"}
+ASKED |= {"infilling", "infilling_kinds"}
+SUITES = ["ablations", "blocks", "budget", "crossover", "vocabulary"]
 
 
 def assert_clean(path):
@@ -60,7 +61,8 @@ def test_committed_notebook_has_the_parts_of_the_exercise():
     text = "\n".join(sources(ROOT / MAIN, "markdown"))
     assert [int(n) for n in re.findall(r"^## Part (\d): ", text, re.M)] == list(range(1, 9))
     assert not re.search(r"\b\d\.\d{2,4}\b", sources(ROOT / MAIN, "markdown")[0]), "a measured number before it was measured"
-    for topic in ("Perplexity", "Convergence", "Speed", "Samples", "Coherence", "same prompt", "Failure", "Infilling"):
+    topics = ("Equal compute", "Perplexity", "Convergence", "Tracking", "Speed", "Samples", "Coherence", "same prompt", "Failure")
+    for topic in (*topics, "Infilling", "What mattered", "Conclusion", "Checklist"):
         assert re.search(rf"^##+ .*{topic}", text, re.M), topic
     widgets = json.loads((ROOT / MAIN).read_text())["metadata"]["widgets"]
     assert "LinkModel" in json.dumps(widgets), "the slider's browser-side link is not saved"
@@ -166,6 +168,57 @@ def test_no_text_of_a_figure_is_mathematics(name):
     for source in sources(ROOT / name, "code"):
         if "plt.rcParams" in source:
             assert '"text.parse_math": False' in source and '"display.html.use_mathjax", False' in source
-        if re.search(r'[xy]scale(\(|=)"log"', source):
-            assert re.search(r"major_formatter|set_[xy]ticks\(\([^)]*\), \(", source), source
+        if re.search(r'[xy]scale(\(|=)"(sym)?log"', source):
+            assert re.search(r"major_formatter|set_[xy]ticks\(\([^)]*\), \(|set_[xy]ticks\(ticks, \[", source), source
         assert not re.search(r"(label|title)\(?=?f?[\"'][^\"']*\$", source), source
+
+
+@pytest.fixture(scope="module")
+def searches():
+    """The main notebook's own searches for what fills a blank, with two small models of random weights."""
+    scope = {"torch": torch, "H": h, "device": torch.device("cpu"), "vocabulary_size": 9}
+    for source in sources(ROOT / MAIN, "code"):
+        if re.search(r"^def (beam|ar_beam)\(", source, re.M):
+            exec(source, scope)
+    for seed, (name, causal) in enumerate((("llada", False), ("ar", True))):
+        torch.manual_seed(seed)
+        scope[name] = h.Transformer(h.ModelConfig(9, 8, 2, 2, 16, causal=causal)).requires_grad_(False)
+        for parameter in scope[name].parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return scope
+
+
+def all_fillings(line, cut):
+    """Every way to fill the blank with characters, [5^width, L]."""
+    fills = torch.cartesian_prod(*[torch.arange(4, 9)] * (cut.stop - cut.start)).view(-1, cut.stop - cut.start)
+    lines = line.repeat(len(fills), 1)
+    lines[:, cut] = fills
+    return lines
+
+
+@pytest.mark.parametrize("cut", [slice(3, 4), slice(3, 6), slice(6, 8), slice(1, 3)])
+def test_ar_scores_every_filling_by_the_whole_line(searches, cut):
+    """With a beam that drops nothing, the scores are AR's exact log probabilities of what follows the left side."""
+    line = torch.tensor([4, 5, 6, 7, 8, 4, 6, 5])
+    lines, fills, left, whole = all_fillings(line, cut), *searches["ar_beam"](line, cut, 125)
+    assert len({tuple(row) for row in fills.tolist()}) == len(fills) == len(lines)
+    for scores, stop in ((left, cut.stop), (whole, len(line))):
+        counted = torch.zeros_like(lines, dtype=torch.bool)
+        counted[:, cut.start : stop] = True
+        nats = h.ar_nll(searches["ar"], lines, h.START_ID, counted=counted)
+        for fill, score in zip(fills, scores):
+            assert score.item() == pytest.approx(-nats[(lines[:, cut] == fill).all(dim=1)].item(), abs=1e-4)
+
+
+def test_lladas_candidates_are_scored_by_its_own_chain(searches):
+    """Left to right in the blank, both sides in sight; a narrow beam gives the best of a wide one's scores or less."""
+    line, cut = torch.tensor([4, 5, 6, 7, 8, 4, 6, 5]), slice(3, 6)
+    fills, score = searches["llada_beam"](line, cut, 125)
+    assert (score[:-1] >= score[1:]).all() and score.exp().sum() <= 1 + 1e-4
+    state, expected = line.clone(), 0.0
+    state[cut] = h.MASK_ID
+    for place, token in zip(range(3, 6), fills[7]):
+        expected += searches["llada"](state[None])[0, place].log_softmax(dim=-1)[token].item()
+        state[place] = token
+    assert score[7].item() == pytest.approx(expected, abs=1e-4)
+    assert searches["llada_beam"](line, cut, 2)[1][0] <= score[0] + 1e-5
