@@ -660,9 +660,9 @@ class TrainingLog:
             return contextlib.nullcontext()
 
     def complete(self) -> bool:
-        """Whether the run is complete; then `record` is what it left. A damaged record is made anew from the last state."""
+        """Whether the run is complete; then `record` is what it left. What is missing or damaged is remade of the last state."""
         with contextlib.suppress(OSError, ValueError):
-            if not self.anew and (self.best / "model.safetensors").exists():
+            if not self.anew and (self.best / "model.safetensors").exists() and (self.path / "metrics.csv").exists():
                 self.record = json.loads((self.path / "run.json").read_text())
         return self.record["complete"]
 

@@ -289,7 +289,7 @@ def test_a_logarithmic_axis_has_the_ticks_it_is_given():
     assert not ax.xaxis.get_minorticklocs().size
 
 
-def test_presets(monkeypatch):
+def test_presets(monkeypatch, capsys):
     monkeypatch.setenv("LLADA_PRESET", "smoke")
     assert h.choose_preset().name == "smoke"
     monkeypatch.setenv("LLADA_PRESET", "huge")
@@ -299,6 +299,9 @@ def test_presets(monkeypatch):
     for there, name in ((True, "gpu"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert h.choose_preset().name == name
+        monkeypatch.setenv("LLADA_PRESET", "gpu")
+        assert h.choose_preset().name == "gpu" and ("No GPU here" in capsys.readouterr().out) is not there
+        monkeypatch.delenv("LLADA_PRESET")
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])

@@ -1,5 +1,6 @@
 """Section 6: samplers against enumerated distributions and against plain-Python rewritings, and strategies of a user's own."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -17,15 +18,17 @@ from oracle import (
     ChiSquare,
     ExactAR,
     ExactPredictor,
+    WithoutFloat64,
     WrongPredictor,
     fill,
     masks,
+    on_apple,
     seeded,
     templates,
 )
 
 import llada_helpers as h
-from beyond.likelihood import any_order_nll, low_noise_nelbo, masked_nll
+from beyond.likelihood import any_order_nll, choose, low_noise_nelbo, masked_nll
 
 EXACT = ExactPredictor(length=3, symbols=3)
 TRUTH = EXACT.logp.exp()
@@ -875,3 +878,45 @@ def test_blockwise_refuses_what_does_not_divide(length, steps, word):
     with pytest.raises(ValueError, match=f"{word}.*pass"):
         fill(predict, masks(2, 6), steps=steps, remasking=h.blockwise(h.entropy, length))
     assert predict.calls == 0
+
+
+def test_a_model_that_is_asked_on_another_device_keeps_its_cache():
+    """What stands between sampler and model forwards what a cache needs, and the model is found behind it."""
+    model, widths = small_model(causal=True).eval(), []
+    elsewhere = functools.wraps(model)(lambda ids, **options: widths.append(ids.shape[1]) or model(ids, **options))
+    options = {"start_id": START, "temperature": 0.0}
+    made, plain = (h.generate_ar(m, torch.full((1, 3), 5), 4, **options).ids for m in (elsewhere, model))
+    assert torch.equal(made, plain) and widths == [4, 1, 1, 1]
+
+
+@pytest.mark.parametrize("remasking", REMASKING)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_device_without_float64_gives_the_same_tokens(remasking, temperature):
+    """Apple's GPUs: the model is asked there, the arithmetic in float64 is done on the CPU."""
+    predict, template = WrongPredictor(VOCABULARY, seed=1), masks(4, 6)
+    options = {"remasking": remasking, "temperature": temperature, "steps": 3, "top_p": 0.9}
+    made = fill(predict, template, generator=seeded(1), **options)
+    with WithoutFloat64():
+        there = fill(on_apple(predict), template.to("mps"), generator=seeded(1), **options)
+        assert torch.equal(made.ids, there.ids.cpu()) and torch.equal(made.order, there.order.cpu())
+
+
+def test_a_device_without_float64_gives_the_same_likelihoods():
+    rows, predict = torch.tensor([[4, 5, 6], [6, 4, 4]]), WrongPredictor(VOCABULARY)
+    ids, options = [torch.tensor(x) for x in ([4, 5], [6], [7])], {"n_samples": 4}
+    with WithoutFloat64():
+        for bound in (h.nelbo, low_noise_nelbo):
+            here = bound(predict, rows, MASK, generator=seeded(1), **options)
+            there = bound(on_apple(predict), rows.to("mps"), MASK, generator=seeded(1), **options)
+            assert torch.equal(here, there.cpu())
+        here = choose(predict, ids[0], ids[1:], MASK, generator=seeded(1), **options)
+        prompt, *answers = (x.to("mps") for x in ids)
+        assert here == choose(on_apple(predict), prompt, answers, MASK, generator=seeded(1), **options)
+
+
+def test_ar_on_a_device_without_float64():
+    prompt, options = torch.tensor([[5, 6]]), {"start_id": START}
+    here = h.generate_ar(WrongPredictor(VOCABULARY), prompt, 4, generator=seeded(1), **options)
+    with WithoutFloat64():
+        there = h.generate_ar(on_apple(WrongPredictor(VOCABULARY)), prompt.to("mps"), 4, generator=seeded(1), **options)
+        assert torch.equal(here.ids, there.ids.cpu())

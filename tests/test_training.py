@@ -555,13 +555,13 @@ def test_interrupted_before_the_first_validation_returns_the_model_as_it_is(tmp_
         assert torch.allclose(p.cpu(), q, atol=1e-6)
 
 
-BEST = {f"cut to {n}": cut(n) for n in (0, 100, -10)}
+BEST = {"cut to 0": cut(0), "cut to 100": cut(100), "weight": flip(0.9), "header": flip(0.05), "last byte": flip(1)}
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", BEST)
 def test_damaged_best_model_is_refused_by_name(reference, tmp_path, damage, file):
-    """Whatever is cut short: both formats know how long they are."""
+    """A finished run is as protected as a state."""
     root = shutil.copytree(reference[1], tmp_path / "copy")
     (best,) = root.glob("checkpoints/*/best")
     (best / file).write_bytes(BEST[damage]((best / file).read_bytes()))
@@ -584,18 +584,39 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
             h.load_model(folder)
 
 
+def test_what_killed_processes_left_is_cleared_away(reference, copy):
+    """`.last.state.PID` and its like, as long as the model, in all three folders; nothing else that lies there."""
+    (run, reference_root), (root, last, _) = reference, copy
+    left = [folder / name for name in (".last.state.4711", ".run.json.12") for folder in (last.parent, last.parent / "best")]
+    (folder,) = root.glob("runs/*")
+    for path in (*left, folder / ".metrics.csv.4711", folder / "my notes.txt"):
+        path.write_text("half a file")
+    same_result(run, reference_root, train(root), root)
+    assert [p.name for p in root.rglob("*") if p.is_file() and p.read_bytes() == b"half a file"] == ["my notes.txt"]
+
+
+def test_another_setting_in_the_config_is_noticed(copy):
+    """The checksum in the model's header is of both files."""
+    (config,) = copy[0].glob("checkpoints/*/best/config.json")
+    config.write_text(config.read_text().replace("200.0", "100.0"))
+    with pytest.raises(ValueError, match=r"checksum.*LLADA_RETRAIN"):
+        h.load_model(config.parent)
+
+
 def test_a_model_saved_by_hub_is_loaded(tmp_path):
     model = trained_like(STEADY)
     model.save_pretrained(tmp_path)
     assert torch.equal(h.load_model(tmp_path).head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2"])
+@pytest.mark.parametrize("text", ["", "{", "[1, 2", None])
 def test_damaged_record_is_written_anew(reference, tmp_path, text):
-    """The last state has all."""
+    """And the metrics, if they are gone: the last state has all."""
     run, root = reference[0], shutil.copytree(reference[1], tmp_path / "copy")
     (record,) = root.glob("runs/*/run.json")
-    record.write_text(text)
+    (record if text is not None else record.with_name("metrics.csv")).unlink()
+    if text is not None:
+        record.write_text(text)
     same_result(run, reference[1], train(root), root)
 
 
@@ -755,6 +776,26 @@ def test_fingerprint_changes_with_the_power_of_the_schedule_where_it_is_used(mon
     monkeypatch.setattr(h, "POWER", h.POWER + 0.25)
     after = mark(), mark(make_batch=h.next_token_batch), mark(make_batch=ablations.square_times)
     assert [a == b for a, b in zip(before, after)] == [False, True, True]
+
+
+@pytest.fixture
+def a_mac(monkeypatch):
+    """A device "mps" that is the CPU."""
+    eye = torch.eye
+    monkeypatch.setattr(torch, "eye", lambda n, device="cpu", **options: eye(n, **options))
+
+
+def test_a_macs_gpu_is_used_where_a_step_comes_out_right(a_mac, monkeypatch):
+    """As Macs had it once: an optimizer's step that does nothing, and says nothing."""
+    assert h.best_device() == "mps"
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    assert h.best_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_device_that_is_there_and_does_not_work_is_done_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert h.best_device() == "cpu" and h.mixed_precision() == "no"
 
 
 # What decides the weights that a training ends with. Runs are known by TRAINING_PATH and by names, not by this code, so
@@ -1358,10 +1399,11 @@ def test_a_resumed_loss_scale_is_where_it_was(scaled, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("first", ["with", "without"])
 def test_a_state_is_resumed_where_precision_is_another(scaled, tmp_path, monkeypatch, first):
-    """From a T4 to a CPU and back: the state has a loss scale that is of no use, or lacks one."""
+    """From a T4 to a CPU and back: the state has a loss scale that is of no use, or lacks one. It goes on, and says so."""
     kinds = [scaled[0], train] if first == "with" else [train, scaled[0]]
     with monkeypatch.context() as patch:
         interrupt_in(patch, 6)
         kinds[0](tmp_path, model=STEADY)
-    run = kinds[1](tmp_path, model=STEADY)
+    with pytest.warns(UserWarning, match="precision, unlike before"):
+        run = kinds[1](tmp_path, model=STEADY)
     assert run.summary["complete"] and run.metrics.step.tolist() == [2, 4, 6, 8]
