@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -40,17 +39,6 @@ def elsewhere(tmp_path, monkeypatch):
 
 RESULTS = h.Results(h.PRESETS["smoke"], "a text")  # of no experiment: everything goes to build/smoke/figures
 TABLES = Path("build", "smoke", "figures", "tables")
-KEPT = ["row", "complete", "parameters", "best", "tokens", "seconds", "device", "commit"]
-
-
-def test_table_of_runs_keeps_the_columns_that_differ():
-    a, b = h.train("a", job_of()), h.train("b", job_of(seed=3, muon_lr=0.0))
-    table = h.runs_table()
-    assert set(table) == {*KEPT, "seed", "muon_lr"}
-    assert table.row.tolist() == [a.path.name, b.path.name] and table.complete.all()
-    assert table.seed.tolist() == [0, 3] and table.muon_lr.tolist() == [0.02, 0.0]
-    assert table["best"].tolist() == pytest.approx([a.summary["best"], b.summary["best"]])
-    assert table.tokens.tolist() == [4 * 32, 4 * 32] and table.parameters.tolist() == [a.summary["parameters"]] * 2
 
 
 def stop_after(patch, steps: int) -> None:
@@ -63,25 +51,6 @@ def stop_after(patch, steps: int) -> None:
         return original(job, step)
 
     patch.setattr(h, "training_batch", batch)
-
-
-def test_table_of_runs_tells_what_is_not_complete(monkeypatch):
-    """Interrupted after a validation, and before any."""
-    h.train("whole", job_of())
-    for stop in (1, 3):
-        with monkeypatch.context() as patch:
-            stop_after(patch, stop)
-            h.train(f"stopped at {stop}", job_of(seed=stop))
-    table = h.runs_table().set_index(h.runs_table().row.str.split("-").str[0])
-    assert table.complete.to_dict() == {"whole": True, "stopped at 1": False, "stopped at 3": False}
-    assert table.tokens["stopped at 3"] == 2 * 32, "what it goes on from"
-    assert math.isnan(table.best["stopped at 1"]) and table.best["stopped at 3"] < 3
-
-
-def test_table_of_one_run_and_of_none(tmp_path):
-    assert len(h.runs_table()) == 0
-    h.train("a", job_of(), root=tmp_path / "deeper")
-    assert sorted(h.runs_table(tmp_path / "deeper")) == sorted(KEPT) and len(h.runs_table()) == 0
 
 
 def jobs_of(**changes):

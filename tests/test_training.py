@@ -816,8 +816,8 @@ DECIDES = {
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
-    ("llada_helpers", "2"): "99e923c03e558953833c0d872f29660aa211f65445b7215437280fe2000ba799",
-    ("beyond", "2"): "3f6a6f51c5fcdb9d9797e27803c04133dc216a344e502c2a103348d58e3ad44a",
+    ("llada_helpers", "2"): "de7f750abaa81c1054b3c469b5282192d2cd5c3448c126606586f2dd35f34813",
+    ("beyond", "2"): "53f4a2c51ce8a6c56c0fb9cca340aa169c14ad838f8c5584213bdb943006c5ee",
 }
 
 
