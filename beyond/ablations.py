@@ -23,35 +23,17 @@ SIZES = {"smoke": (40, 20), "cpu": (100, 3), "cpu_long": (100, 3), "gpu": (100, 
 
 
 def uniform_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """Eq. 3 as it is written: t uniform, here stratified over the batch.
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> inputs, _, _ = uniform_times(ids, torch.Generator().manual_seed(0), learned)
-    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()  # one row from each quarter of the masking rates
-    [45, 28, 22, 9]
-    """
+    """Eq. 3 as it is written: t uniform, here stratified over the batch."""
     return H.diffusion_batch(sequences, generator, learned, t=H.stratified_times(len(sequences), generator))
 
 
 def independent_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """Eq. 3 with one independent t per row.
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> inputs, _, _ = independent_times(ids, torch.Generator().manual_seed(0), learned)
-    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()  # masks in each row
-    [27, 14, 47, 46]
-    """
+    """Eq. 3 with one independent t per row."""
     return H.diffusion_batch(sequences, generator, learned, t=1 - torch.rand(len(sequences), generator=generator))
 
 
 def one_time_per_batch(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """Eq. 3 with one t for the whole batch, as the exercise has it.
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> inputs, _, _ = one_time_per_batch(ids, torch.Generator().manual_seed(0), learned)
-    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()  # about as many masks in each row
-    [29, 20, 30, 29]
-    """
+    """Eq. 3 with one t for the whole batch, as the exercise has it."""
     return H.diffusion_batch(sequences, generator, learned, t=float(1 - torch.rand(1, generator=generator)))
 
 
@@ -71,11 +53,7 @@ def square_times(sequences: Tensor, generator: torch.Generator, learned: Tensor)
 
 
 def bell(t: Tensor) -> Tensor:
-    """Density of times t in (0, 1) whose logit is normal: a bell around the middle.
-
-    >>> [round(x, 3) for x in bell(torch.tensor([0.01, 0.5, 0.99])).tolist()]
-    [0.001, 1.596, 0.001]
-    """
+    """Density of times t in (0, 1) whose logit is normal: a bell around the middle."""
     return torch.exp(-(t.logit() ** 2) / 2) / (2 * torch.pi) ** 0.5 / (t * (1 - t))
 
 
@@ -84,13 +62,7 @@ def _bell_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 def bell_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """Times from a bell around the middle and Eq. 3's weight 1/t, the bell's density left out: not a bound (arXiv:2605.13026).
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> inputs, _, _ = bell_times(ids, torch.Generator().manual_seed(0), learned)
-    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()
-    [39, 23, 23, 14]
-    """
+    """Times from a bell around the middle and Eq. 3's weight 1/t, the bell's density left out: not a bound (arXiv:2605.13026)."""
     return H.diffusion_batch(sequences, generator, learned, t=_bell_times(len(sequences), generator))
 
 
@@ -98,11 +70,6 @@ def bell_times_weighted(sequences: Tensor, generator: torch.Generator, learned: 
     """Eq. 3 with half of the batch's times from a bell, half uniform, and the weight divided by the density of that mixture.
 
     Without the uniform half the weights would have no finite variance: the bell hardly draws the times near 0 and 1.
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> inputs, _, _ = bell_times_weighted(ids, torch.Generator().manual_seed(0), learned)
-    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()
-    [35, 17, 38, 8]
     """
     half = len(sequences) // 2
     t = torch.cat([_bell_times(half, generator), H.stratified_times(len(sequences) - half, generator)])
@@ -128,11 +95,6 @@ def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: T
     """The exercise's sketch: each row's mean over its masked tokens, divided by t.
 
     A window then weighs 1 / t whenever anything is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> _, _, weight = masked_mean_over_t(ids, torch.Generator().manual_seed(0), learned)
-    >>> [round(float(w), 1) for w in weight.sum(dim=1)]  # 1 / t, whatever the number of masks
-    [1.1, 1.6, 2.7, 7.9]
     """
     t = H.stratified_times(len(sequences), generator)
     inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
@@ -144,11 +106,6 @@ def switched(first: Callable, then: Callable, step: int) -> Callable[[Tensor, to
     """The batches of `first` before this step of a training, those of `then` from it on.
 
     The step is read off the generator, which `llada_helpers.training_batch` seeds with (seed, step).
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> batch = switched(masked_mean, uniform_times, 100)
-    >>> [len(batch(ids, torch.Generator().manual_seed(step), learned)[2].unique()) - 1 for step in (99, 100)]  # kinds of weights
-    [1, 4]
     """
 
     def batch(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:

@@ -51,10 +51,6 @@ def forward_flop(config: H.ModelConfig, length: int, keys: int) -> int:
 
     Two for each multiplication, per layer 12 n_embd^2 in matrices and 2 keys n_embd in attention; the head. Nothing is halved for
     causal attention.
-
-    >>> config = H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8)
-    >>> forward_flop(config, length=6, keys=6), forward_flop(config, length=1, keys=6)
-    (11328, 1888)
     """
     return 2 * length * multiplications(replace(config, seq_len=keys))
 
@@ -100,12 +96,7 @@ def budget_jobs(budgets: list[Budget], vocab_size: int, train_ids: Tensor, val_i
 
 
 def window_nats(model: H.Transformer, ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Nats and characters of each window of the model's length in a text ids [n], [N] each: as Part 8 measures them.
-
-    >>> model = H.Transformer(H.ModelConfig(vocab_size=9, seq_len=4, n_layer=1, n_head=1, n_embd=8, causal=True))
-    >>> [[round(n, 2) for n in x.tolist()] for x in window_nats(model, torch.arange(4, 9), 1)]  # blank: ln 9 a character
-    [[8.79, 2.2], [4, 1]]
-    """
+    """Nats and characters of each window of the model's length in a text ids [n], [N] each: as Part 8 measures them."""
     windows = H.windows(ids, model.config.seq_len)
     real = windows != H.PAD_ID
     if model.config.causal:
@@ -168,14 +159,7 @@ STUDIED = {"dropout": (0.1, 0.2, 0.3), "weight decay": (0.0, 0.1)}  # and two wi
 
 
 def record_job(job: H.Job, settings: dict, share: float = 1.0, seed: int = 0) -> H.Job:
-    """A preset's training with other settings, "heads" of the same width among them, or for a share of its steps.
-
-    >>> ids = torch.arange(4, 10)
-    >>> job = H.PRESETS["gpu"].jobs(10, ids, ids)["AR"]
-    >>> short = record_job(job, {"heads": 4, "dropout": 0.3, "weight decay": 0.0}, share=1 / 4)
-    >>> short.model.n_embd, short.model.dropout, short.train.steps, short.train.weight_decay
-    (256, 0.3, 500, 0.0)
-    """
+    """A preset's training with other settings, "heads" of the same width among them, or for a share of its steps."""
     shape, config = job.model, job.train
     heads = settings.get("heads", shape.n_head)
     width, dropout = shape.n_embd // shape.n_head * heads, settings.get("dropout", shape.dropout)
@@ -188,10 +172,6 @@ def record_job(job: H.Job, settings: dict, share: float = 1.0, seed: int = 0) ->
 def study_jobs(preset: H.Preset, vocab_size: int, train_ids: Tensor) -> list[tuple[dict, H.Job]]:
     """Settings and trainings of the grid, for LLaDA and AR: a quarter of the preset's steps, validated on the last ninth of
     `train_ids`, so that nothing is chosen on the text that is scored.
-
-    >>> grid = study_jobs(H.PRESETS["gpu"], 10, torch.arange(4, 10).repeat(9))
-    >>> len(grid), grid[0][0], grid[0][1].train.steps
-    (24, {'model': 'LLaDA', 'heads': 4, 'dropout': 0.1, 'weight decay': 0.0}, 1500)
     """
     jobs, grid = preset.jobs(vocab_size, *H.split(train_ids, 8 / 9)), []
     for name, *values in itertools.product(jobs, sorted({max(1, preset.n_head * 2 // 3), preset.n_head}), *STUDIED.values()):

@@ -145,13 +145,6 @@ def crossover_best(table: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         table: what `run_jobs` made of `crossover_jobs` with `crossover_measure`. ValueError: it lacks one of the two models.
-
-    >>> line = {"characters": 100, "best, chosen by": 1.0, "end, chosen by": 1.0, "epochs": 8.0}
-    >>> scores = {"LLaDA": (1.9, 2.1, 2.0), "AR": (2.0, 2.3, 2.1)}
-    >>> seeds = {name: {f"{c}, seed {i}": x for c in ("best", "end") for i, x in enumerate(row)} for name, row in scores.items()}
-    >>> best = crossover_best(pd.DataFrame([{"model": name, "kind": name, **line, **row} for name, row in seeds.items()]))
-    >>> best["row"][0], best.loc[0, ["LLaDA", "LLaDA − AR", "LLaDA − AR ±"]].astype(float).round(3).tolist()
-    ('100 characters, best', [2.0, -0.133, 0.143])
     """
     lines = []
     for characters, some in table.groupby("characters"):

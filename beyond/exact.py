@@ -144,13 +144,7 @@ def right_to_left(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) 
 
 
 def doubling(strategy: Strategy) -> Strategy:
-    """The strategy with a schedule whose last pass fills half of the masks, the one before a quarter, and so on.
-
-    >>> made = H.reverse_process(lambda ids: torch.zeros(*ids.shape, 9), torch.ones(1, 8, dtype=torch.long), mask_id=1, steps=4,
-    ...                          remasking=doubling(left_to_right))
-    >>> made.order.tolist()
-    [[0, 1, 2, 2, 3, 3, 3, 3]]
-    """
+    """The strategy with a schedule whose last pass fills half of the masks, the one before a quarter, and so on."""
 
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         return strategy(tokens, probs, masked, count)
@@ -167,11 +161,6 @@ def apart(scale: float) -> Strategy:
 
     An adaptive rule that stays exact: a character that is certain may stand next to another, an uncertain one wants room. The
     schedule's count is disregarded; steps=1 lets it take as many passes as it needs.
-
-    >>> probs = torch.tensor([[[1.0, 0.0], [0.99, 0.01], [0.5, 0.5], [0.6, 0.4]]])
-    >>> masked = torch.ones(1, 4, dtype=torch.bool)
-    >>> [apart(scale)(masked.long(), probs, masked, masked.sum(dim=1)).long().tolist() for scale in (0, 2, 9)]
-    [[[1, 1, 1, 1]], [[1, 1, 0, 1]], [[1, 1, 0, 0]]]
     """
 
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
