@@ -16,9 +16,10 @@ MANY_SAMPLES = 16  # from here on, more of the masks are spent on small l
 PROBES = {"smoke": 16, "cpu": 256, "cpu_long": 256, "gpu": 256}  # windows for the loss by masking rate
 
 
+@H._checked()
 @H._inference
 def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: int) -> Tensor:
-    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[..., L] is true, 0 elsewhere; FloatTensor[..., L], nats."""
+    """-log p(x_i | the tokens outside `mask`) where mask BoolTensor[B, L] is true, 0 elsewhere; FloatTensor[B, L], nats."""
     return H.token_nll(model, sequences.masked_fill(mask, mask_id), sequences, mask)
 
 
@@ -59,7 +60,8 @@ def low_noise_nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_
     x, weight = s**power, power * s ** (power - 1)
     count = torch.minimum((n[drawn] * x).long() + 1, n[drawn])
     mask = H.exact_masks(count, maskable[drawn], generator).expand(-1, *sequences.shape)
-    nll = masked_nll(model, sequences.expand_as(mask), mask, mask_id).double()
+    x_0 = sequences.expand_as(mask)
+    nll = H.token_nll(model, x_0.masked_fill(mask, mask_id), x_0, mask).double()
     level, slope, harder = _what_others_say(nll, mask.double(), count, x, line=power == 2)
     baseline = (level + slope * x)[..., None] + harder
     w, wx = n_samples * (edge**power).diff(dim=0), n_samples * (edge ** (2 * power)).diff(dim=0) / 2  # means over s
@@ -232,4 +234,5 @@ def cost_by_place(model: MaskPredictor, windows: Tensor, n_masks: int = 8, seed:
     L, generator = windows.shape[1], torch.Generator().manual_seed(seed)
     count = (L * H.stratified_shares(n_masks, windows, generator)).long() + 1
     mask = H.exact_masks(count, everything, generator)
-    return (masked_nll(model, windows.expand_as(mask), mask, H.MASK_ID) * (L / count)[..., None]).mean(dim=0).float().cpu()
+    nll = masked_nll(model, windows.expand_as(mask).flatten(0, 1), mask.flatten(0, 1), H.MASK_ID).view(mask.shape)
+    return (nll * (L / count)[..., None]).mean(dim=0).float().cpu()

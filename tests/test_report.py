@@ -1,6 +1,7 @@
 """Texts and tables must say the same; numbers are rounded as their intervals ask; the report has two or three pages."""
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from notebooks import BEYOND, MAIN
 
 import llada_helpers as h
 from beyond import report
@@ -75,6 +77,48 @@ def test_the_recipes_are_those_of_the_preset():
 
 def test_nothing_is_left_to_fill():
     assert not re.findall(r"TODO.*|>\?<", REPORT)
+
+
+COMPARISONS = {"ablations": "difference", "crossover_best": "LLaDA − AR", "vocabulary_bits": "gain"}  # between trainings
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_comparisons_between_trainings_carry_an_interval(name):
+    for table, column in COMPARISONS.items():
+        for row, shown in re.findall(rf"<!-- {table} ; (.*?) ; {column} -->(.*?)<!-- end -->", (ROOT / name).read_text()):
+            assert " ± " in shown, (table, row)
+
+
+def test_the_studys_intervals_are_over_paired_seeds():
+    """Student's, over the differences of trainings of the same seed; three at least."""
+    table = pd.read_csv(ROOT / report.TABLES / "ablations.csv").set_index("row")
+    seeds = table.filter(regex=r"^seed \d+$")
+    assert seeds.shape[1] >= 3 and len(table) >= 5
+    for row, line in table.iterrows():
+        apart = seeds.loc[row] - seeds.loc[f"{row.partition(',')[0]}, ours"]
+        assert line["difference"] == pytest.approx(apart.mean(), abs=2e-4)
+        assert line["difference ±"] == pytest.approx(h.half_width(apart), abs=5e-4), row
+
+
+def sections(notebook: str) -> list[list[dict]]:
+    """The cells of each section of a committed notebook."""
+    parts = [[]]
+    for cell in json.loads((ROOT / notebook).read_text())["cells"]:
+        if re.match(r"##+ ", "".join(cell["source"])):
+            parts.append([])
+        parts[-1].append(cell)
+    return parts
+
+
+@pytest.mark.parametrize("notebook", [MAIN, BEYOND])
+def test_answers_about_trainings_say_their_seeds_and_intervals(notebook):
+    """Each section that shows a suite has a bold answer, an interval, and says how many seeds stand behind it."""
+    for section in sections(notebook):
+        pick = lambda kind: "\n".join("".join(c["source"]) for c in section if c["cell_type"] == kind)  # noqa: E731, B023
+        code, prose = pick("code"), pick("markdown")
+        if re.search(r'\b(suite|committed)\("(ablations|blocks|crossover|vocabulary)"\)', code):
+            title = prose.partition("\n")[0]
+            assert " ± " in prose and "**" in prose and re.search(r"\bseeds?\b", prose), title
 
 
 def test_what_is_counted():

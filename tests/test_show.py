@@ -215,7 +215,8 @@ def written_here(thing) -> bool:
 
 def public() -> dict[str, object]:
     """Functions, classes and their methods, as they can be shown."""
-    found = {name: thing for name, thing in vars(h).items() if not name.startswith("_") and written_here(thing)}
+    here = {name: thing for name, thing in vars(h).items() if not name.startswith("_") and written_here(thing)}
+    found = {name: thing for name, thing in here.items() if not (inspect.isclass(thing) and issubclass(thing, tuple))}
     for name, owner in [(name, thing) for name, thing in found.items() if inspect.isclass(thing)]:
         found |= {f"{name}.{key}": method for key, method in vars(owner).items() if written_here(method)}
     return found

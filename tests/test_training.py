@@ -629,7 +629,7 @@ with FileLock(sys.argv[1]):
 """
 
 
-def test_a_second_process_waits_until_the_first_is_dead(reference, copy, capfd):
+def test_a_second_process_waits_until_the_first_is_dead(reference, copy):
     """Killed without clean-up, the first leaves no lock behind."""
     (run, reference_root), (root, _, _) = reference, copy
     (folder,) = root.glob("runs/*")
@@ -640,7 +640,7 @@ def test_a_second_process_waits_until_the_first_is_dead(reference, copy, capfd):
         made = []
         second.start()
         second.join(1)
-        assert not made and second.is_alive() and re.search(rf"tiny.*{re.escape(str(folder))}.*waiting", capfd.readouterr().out)
+        assert not made and second.is_alive()
         first.send_signal(signal.SIGKILL)
         second.join(300)
     finally:
