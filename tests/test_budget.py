@@ -221,3 +221,17 @@ def test_the_gpu_preset_takes_the_careful_setting():
     assert preset.dropout == 0.2 and preset.llada.weight_decay == preset.ar.weight_decay == 0.1 and preset.compiled
     assert preset.ar.steps <= preset.llada.steps / 2
     assert h.Transformer(preset.model(69, causal=True)).n_parameters == pytest.approx(10.7e6, rel=0.01)
+
+
+def test_operations_by_length_and_a_window_as_part_8_measures_it():
+    config = h.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8)
+    assert budget.forward_flop(config, 6, 6) == 6 * budget.forward_flop(config, 1, 6) == 2 * 6 * multiplications(config)
+    model = h.Transformer(h.ModelConfig(9, 4, n_layer=1, n_head=1, n_embd=8, causal=True))
+    nats, characters = budget.window_nats(model, torch.arange(4, 9), 1)
+    assert nats.tolist() == pytest.approx([4 * math.log(9), math.log(9)]) and characters.tolist() == [4, 1]
+
+
+def test_a_record_may_have_other_heads_and_a_share_of_the_steps():
+    job = h.PRESETS["gpu"].jobs(10, TRAIN, VAL)["AR"]
+    short = budget.record_job(job, {"heads": 4, "dropout": 0.3, "weight decay": 0.0}, share=1 / 4)
+    assert (short.model.n_embd, short.model.dropout, short.train.steps, short.train.weight_decay) == (256, 0.3, 500, 0.0)

@@ -1,5 +1,6 @@
 """beyond/exact.py: the probability of a text under a decoder, against enumeration, the sampler's frequencies and the NELBO."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -27,8 +28,9 @@ from oracle import (
 )
 
 import llada_helpers as h
-from beyond import decoding
+from beyond import decoding, exact
 from beyond.exact import decoder_nll
+from beyond.quality import parts
 
 EXACT = ExactPredictor(length=3, symbols=3)
 EVERY = EXACT.sequences  # all 27 texts
@@ -200,3 +202,40 @@ def test_errors_say_what_to_pass_instead(options, word):
     with pytest.raises(ValueError, match="pass") as error:
         decoder_nll(options.pop("model"), options.pop("sequences"), MASK, **options)
     assert word in str(error.value)
+
+
+# --- the tables ---
+
+SHAPE = h.ModelConfig(9, 8, n_layer=1, n_head=1, n_embd=8)
+MODELS = {"LLaDA": h.Transformer(SHAPE), "AR": h.Transformer(dataclasses.replace(SHAPE, causal=True))}  # blank
+ROWS = torch.randint(FIRST, 9, (6, 8), generator=seeded(0))
+
+
+def test_what_each_pass_and_each_place_costs_a_blank_model():
+    """ln 5 a character for a decoder, which writes no special token; ln 9 for AR and for the bound."""
+    prices = exact.price_of_passes(MODELS["LLaDA"], ROWS, 2)
+    assert prices["nats/char"].tolist() == pytest.approx([math.log(5)] * 8, rel=1e-5)
+    assert prices.groupby("decoder")["of the whole"].sum().tolist() == pytest.approx([math.log(5)] * 4, rel=1e-5)
+    places = exact.by_place(MODELS, ROWS, parts=2).groupby("model")["nats/char"].mean()
+    assert places.tolist() == pytest.approx([math.log(9), math.log(5), math.log(9)], rel=1e-5)
+
+
+def test_counts_that_double_and_the_order_from_right_to_left():
+    strategy = exact.doubling(exact.right_to_left)
+    made = fill(lambda ids: torch.zeros(*ids.shape, 9), masks(1, 8), steps=4, remasking=strategy)
+    assert made.order.tolist() == [[3, 3, 3, 3, 2, 2, 1, 0]]
+
+
+def test_further_training_for_the_decoder(tmp_path, monkeypatch):
+    """From the preset's model on, its own states against Eq. 3, three seeds; measured on the test text."""
+    monkeypatch.chdir(tmp_path)
+    text = "to be, or not to be " * 64
+    tokenizer = h.CharTokenizer.from_text(text)
+    small = dataclasses.replace(h.PRESETS["smoke"], llada=h.TrainConfig(1, 2, evals=1))
+    jobs = exact.decoder_jobs(small, exact.TRAINING["smoke"][0], tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
+    assert [[job.train.seed for job in trials] for trials in jobs.values()] == [[1, 2, 3]] * 2
+    control, ours = (trials[0] for trials in jobs.values())
+    assert control.batch_function is h.diffusion_batch and ours.batch_function is exact.decoder_batch and ours.start is not None
+    blank = h.Transformer(h.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8))
+    line = exact.decoder_measure(h.PRESETS["smoke"], text)(None, h.Run(blank, None, {}, None))
+    assert [line[key] for key in ("8 passes", "NELBO")] == pytest.approx([math.log(8), math.log(12)], rel=1e-4)

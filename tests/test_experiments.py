@@ -385,3 +385,15 @@ def test_unknown_preset_in_the_environment(monkeypatch):
     monkeypatch.setenv("LLADA_PRESET", "huge")
     with pytest.raises(ValueError, match=r"huge.*smoke"):
         main(["train", "--model", "ar"])
+
+
+def test_a_table_that_is_no_suite_is_made_shorter_where_the_full_one_is_missing():
+    full = pd.DataFrame({"k": [1], "fingerprint": "a"})
+    RESULTS.table(full, "demo")
+    made = [experiments.full_or_short(RESULTS, "demo", mark, lambda: pd.DataFrame({"k": [2]})) for mark in "ab"]
+    assert [(table["k"][0], table["fingerprint"][0]) for table in made] == [(1, "a"), (2, "b, short")]
+
+
+def test_only_the_exact_tables_that_are_asked_for_are_made(tiny):
+    preset = h.PRESETS["smoke"]
+    assert experiments.exact_tables(h.Results(preset, ""), preset, h.load_text(), only="none") == {}

@@ -286,7 +286,7 @@ def test_ar_nll_of_some_tokens_is_given_all_before_them(counted):
 
 def test_counted_must_fit():
     for counted in (torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 3)):
-        with pytest.raises(ValueError, match="pass bool"):
+        with pytest.raises(ValueError, match="pass BoolTensor"):
             h.ar_nll(ExactAR(EXACT), EXACT.sequences[:1], START, counted=counted)
 
 
@@ -299,7 +299,7 @@ def test_masked_nll_is_that_of_the_masked_tokens_alone():
     values = masked_nll(WRONG, rows, mask, MASK)
     logp = WRONG(rows.masked_fill(mask, MASK)).log_softmax(-1).gather(-1, rows[..., None])[..., 0]
     assert torch.allclose(values, -logp * mask, atol=1e-6) and (values[~mask] == 0).all()
-    with pytest.raises(ValueError, match="pass bool"):
+    with pytest.raises(ValueError, match="pass BoolTensor"):
         masked_nll(WRONG, rows, mask[:, :2], MASK)
 
 

