@@ -965,7 +965,7 @@ def reverse_process(model: MaskPredictor, template: Tensor, *, mask_id: int, ste
     `remasking`, which tokens stay: "low_confidence" (Alg. 5), "random" (Alg. 4 with fixed counts), "entropy" and "margin", which
     do not look at what was drawn, "ancestral" (each mask with probability (t - s) / t, Eq. 10), or a `Strategy`, which may commit
     more or fewer. steps: forward passes at most, unless a strategy falls behind. temperature: 0 is argmax, else sampling is exact
-    within the nucleus of mass `top_p`. block_length: short for `blockwise`. forbidden: ids never to produce, as [MASK]. ValueError:
+    in the nucleus of mass `top_p`. block_length: short for `blockwise`. forbidden: ids never to produce, as [MASK]. ValueError:
     an argument out of range, blocks that do not divide, nothing to fill, more than `seq_len` tokens, logits not finite.
     >>> def predict(ids):  # sure of 4, 5, 6, 7, and the surer the further right
     ...     return (torch.eye(8)[4:] * torch.arange(1, 5)[:, None]).expand(len(ids), -1, -1)
