@@ -297,7 +297,8 @@ def gradient_noise(model: H.Transformer, windows: Tensor, batches: int, size: in
 
 
 def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
-    """What `run_jobs` adds to a row: nats per character of the whole validation text, by which the recipe is chosen.
+    """What `run_jobs` adds to a row: nats per character of the whole validation text, by which the recipe is chosen, under as many
+    masks as a training validates with.
 
     >>> text = "to be, or not to be " * 64
     >>> tokenizer = H.CharTokenizer.from_text(text)
@@ -309,7 +310,7 @@ def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], di
     _, val_ids, _ = quality.parts(H.CharTokenizer.from_text(text).encode(text))
 
     def measure(job: H.Job, run: H.Run) -> dict:
-        nats, interval = H.per_character(*window_nats(run.model, val_ids, preset.nelbo_samples))
+        nats, interval = H.per_character(*window_nats(run.model, val_ids, samples=4))
         return {"nats/char": nats, "95% ±": interval}
 
     return measure
