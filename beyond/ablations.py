@@ -297,8 +297,7 @@ def gradient_noise(model: H.Transformer, windows: Tensor, batches: int, size: in
 
 
 def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
-    """What `run_jobs` adds to a row: nats per character of the whole validation text, by which the recipe is chosen, under as many
-    masks as a training validates with.
+    """What `run_jobs` adds: nats per character of the whole validation text, by which the recipe is chosen, four masks each.
 
     >>> text = "to be, or not to be " * 64
     >>> tokenizer = H.CharTokenizer.from_text(text)
