@@ -174,7 +174,7 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
             scored = f"scored on {known['scored on'][0] if 'scored on' in known else BEFORE}"
             said = f"made at commit {commits} by earlier code and {scored}; the command line remakes it"
         if len(curves) and marks and (marks == wanted or tables == results.tables == COMMITTED):
-            print(f"{name}: {said}, read from {tables / name}.csv")
+            print(f"{name}: read from {tables / name}.csv, {said}")
             return known, curves
     table = run_jobs(results, name, short, quiet=True, **options)
     return table, pd.read_csv(results.tables / f"{name}_curves.csv")

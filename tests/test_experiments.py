@@ -179,7 +179,7 @@ def test_a_table_of_some_rows_says_how_many(lay, monkeypatch, capsys):
     monkeypatch.setattr(h, "train", None)
     more = {**FULL, "c": [job_of()]}
     assert experiment(results, "t", more, SHORT)[0]["row"].tolist() == ["a", "b"]
-    assert "t: 2 of 3 rows, the others are not trained yet" in capsys.readouterr().out
+    assert "t.csv, 2 of 3 rows, the others are not trained yet" in capsys.readouterr().out
 
 
 def test_every_training_behind_the_tables_is_recorded(monkeypatch):
