@@ -100,6 +100,16 @@ def test_committed_suites_are_of_the_code_as_it_is_or_the_page_says_what_made_th
         assert said[2].startswith("text of the last 20%" if "scored on" not in table else table["scored on"][0])
 
 
+@pytest.mark.parametrize("name", SUITES)
+def test_every_training_behind_a_committed_table_is_recorded(name):
+    """In runs.csv, by row, seed and fingerprint."""
+    table, runs = (pd.read_csv(ROOT / "figures" / "tables" / f"{file}.csv", dtype=str) for file in (name, "runs"))
+    wanted = {(line["row"], mark) for line in table.to_dict("records") for mark in line["fingerprint"].split("+")}
+    recorded = runs[runs["suite"] == name]
+    assert set(zip(recorded["row"], recorded["fingerprint"])) == wanted
+    assert recorded[["steps", "best", "device", "commit", "seed"]].notna().all(axis=None)
+
+
 def without_clocks(path) -> str:
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return table[[c for c in table if not CLOCK_COLUMNS.search(c)]].to_csv(index=False)
