@@ -120,8 +120,8 @@ def twice(tmp_path_factory):
     """Two clones in which the main notebook was executed, in the first the other one, too; on the corpus if it is at hand."""
     clones = [clone(tmp_path_factory.mktemp(name)) for name in ("first", "second")]
     environment = {"LLADA_DATA": CORPUS} if CORPUS else OFFLINE
-    finish(start(clones[0], MAIN, **environment))
-    finish(start(clones[0], BEYOND, **environment), start(clones[1], MAIN, **environment))
+    finish(*(start(directory, MAIN, **environment) for directory in clones))
+    finish(start(clones[0], BEYOND, **environment))
     return clones
 
 
@@ -161,10 +161,10 @@ def test_smoke_runs_from_the_notebook_alone_and_on_any_text(tmp_path):
     name = "own_$5_to_$_^{9.txt"
     (own / name).write_text((line * 20)[:700], encoding="utf-8")
     alone = start(bare, MAIN, LLADA_REPO_URL=str(repository), PYTHONPATH=python_path(bare), **OFFLINE)
-    finish(start(own, MAIN, LLADA_DATA=name))
-    finish(start(own, BEYOND, LLADA_DATA=name), alone)
+    finish(start(own, MAIN, LLADA_DATA=name), alone)
     assert "TINYSHAKESPEARE COULD NOT BE DOWNLOADED" in json.dumps(outputs(bare / MAIN))
     assert "offline corpus" in printed(bare / MAIN) and Path(name).stem in printed(own / MAIN)
+    finish(start(own, BEYOND, LLADA_DATA=name))
     for notebook in (MAIN, BEYOND):
         assert_clean(own / notebook)
         tables = re.findall("<table[^>]*>", json.dumps(outputs(own / notebook)))
