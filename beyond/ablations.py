@@ -310,6 +310,6 @@ def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], di
 
     def measure(job: H.Job, run: H.Run) -> dict:
         nats, interval = H.per_character(*window_nats(run.model, val_ids, samples=4))
-        return {"nats/char": nats, "95% ±": interval}
+        return {"scored on": "validation text", "nats/char": nats, "95% ±": interval}
 
     return measure

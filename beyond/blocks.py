@@ -340,7 +340,7 @@ def block_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]
         windows = H.windows(val_ids, job.model.seq_len)
         mean, interval = H.per_character(job.validation_nats(run.model, windows), H.real_tokens(windows).sum(dim=1))
         length = 1 if job.model.causal else getattr(job.architecture, "block_length", job.model.seq_len)
-        line = {"block length": length, "nats/char": mean, "95% ±": interval}
+        line = {"scored on": "validation text", "block length": length, "nats/char": mean, "95% ±": interval}
         for per_pass, name in settings(length).items():
             made = write(run.model, quality.prompts(windows, preset.texts)[1], per_pass, torch.Generator().manual_seed(0))
             found = {"passes": made.nfe} | scores(made.ids)

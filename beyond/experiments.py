@@ -46,24 +46,25 @@ class Row(NamedTuple):
     job: H.Job
 
 
-Measure = Callable[[H.Job, H.Run], dict]  # further columns of a finished training, which replace those of the same name
+Measure = Callable[[H.Job, H.Run], dict]  # columns of a finished training
 
 
 def _row(
     row: str, trials: list[H.Job], runs: list[H.Run], lengths: Tensor | None, measure: Measure | None, ours: Row | None
 ) -> Row:
     """One line of a table from its finished runs; `ours`: the row that it is a change of."""
-    job, summary = trials[0], runs[0].summary
-    sequences = job.validation_sequences()
-    counts = characters(sequences, learned := job.learned(sequences), lengths)
-    nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs]).mean(dim=0)
-    each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
-    line = {"row": row, "scored on": "validation text"}
-    line["nats/char"], line["95% ±"] = H.per_character(nats, counts)
+    job, summary, line = trials[0], runs[0].summary, {"row": row}
     if measure:  # what is no number is that of the first seed
         further = pd.DataFrame([measure(trial, run) for trial, run in zip(trials, runs)])
         line |= further.iloc[0].to_dict() | further.mean(numeric_only=True).to_dict()
         each = further["nats/char"].tolist()
+    else:
+        sequences = job.validation_sequences()
+        counts = characters(sequences, learned := job.learned(sequences), lengths)
+        nats = torch.stack([job.validation_nats(run.model, sequences).cpu() for run in runs]).mean(dim=0)
+        each = [run.summary["best"] * float(learned.sum() / counts.sum()) for run in runs]  # validation is per token
+        score, interval = H.per_character(nats, counts)
+        line |= {"scored on": "validation text", "nats/char": score, "95% ±": interval}
     made = Row(line, [run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials)], each, job)
     ours = ours or made
     apart = [mine - theirs for mine, theirs in zip(each, ours.nats)]  # seed by seed
@@ -109,8 +110,8 @@ def run_jobs(
         compiled: torch.compile the blocks of our Transformers.
         only: rows that match this regular expression; nothing is written then.
         lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
-        measure: further columns, a mean over seeds each; its "nats/char" takes the place of that of the validation windows, and
-            "scored on" then says of which text it is.
+        measure: columns, a mean over seeds each, that take the place of nats per character of the validation windows: "nats/char"
+            and "scored on", which says of which text it is, among them.
 
     >>> import os, tempfile
     >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
@@ -204,9 +205,10 @@ def every_run(results: H.Results) -> pd.DataFrame:
     return results.table(pd.DataFrame(lines), "runs")
 
 
-def finished(job: H.Job) -> bool:
-    """Whether a run of the job is complete under the current directory."""
-    return any(json.loads(path.read_text())["complete"] for path in Path("runs").glob(f"*-{job.fingerprint()}/run.json"))
+def complete_run(job: H.Job, root: Path = Path(".")) -> Path | None:
+    """The directory of a complete run of the job under `root`, if there is one."""
+    runs = root.glob(f"runs/*-{job.fingerprint()}/run.json")
+    return next((path.parent for path in runs if json.loads(path.read_text())["complete"]), None)
 
 
 def full_or_short(results: H.Results, name: str, mark: str, short: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -364,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     jobs, _, options = suite(arguments.command, preset, text)
     if arguments.done:
-        jobs = {row: trials for row, trials in jobs.items() if all(map(finished, trials))}
+        jobs = {row: trials for row, trials in jobs.items() if all(map(complete_run, trials))}
     results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}
     table = run_jobs(results, arguments.command, jobs, **options)
     print(table.iloc[:, :8].to_string(index=False))

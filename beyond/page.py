@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import llada_helpers as H
+from beyond import experiments, quality
 
 TEMPLATE = Path(__file__).with_name("page.html")
 COLORS = {"mask": H.MASK_FACE, "new": H.NEW_FACE, "LLaDA": H.LLADA_COLOR, "AR": H.AR_COLOR}
@@ -74,12 +75,12 @@ def finished(jobs: dict[str, H.Job], preset: str, root: Path = Path(".")) -> dic
     """The models of finished runs under `root`, by name. ValueError: one is missing; says how to train it."""
     models = {}
     for name, job in jobs.items():
-        runs = [p.parent.name for p in root.glob(f"runs/*-{job.fingerprint()}/run.json") if json.loads(p.read_text())["complete"]]
-        best = [root / "checkpoints" / run / "best" for run in runs]
-        if not best or not (best[0] / "model.safetensors").exists():
+        run = experiments.complete_run(job, root)
+        best = root / "checkpoints" / (run.name if run else "") / "best"
+        if not (best / "model.safetensors").exists():
             command = f"python -m beyond.experiments train --preset {preset} --model {name.lower()}"
             raise ValueError(f"{name} is not trained on this text with the preset {preset}: run the notebook, or {command}")
-        models[name] = H.load_model(best[0])
+        models[name] = H.load_model(best)
     return models
 
 
@@ -104,8 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, metavar="PNG", help="and take a picture of it (needs playwright and Chromium)")
     options, text = parser.parse_args(arguments), H.load_text()
     tokenizer = H.CharTokenizer.from_text(text)
-    train_ids, rest = H.split(tokenizer.encode(text))
-    val_ids, test_ids = H.split(rest, 0.5)
+    train_ids, val_ids, test_ids = quality.parts(tokenizer.encode(text))
     try:
         models = finished(H.PRESETS[options.preset].jobs(tokenizer.vocab_size, train_ids, val_ids), options.preset)
     except ValueError as error:

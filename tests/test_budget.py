@@ -89,10 +89,7 @@ def test_measured_columns_replace_and_average(in_folder):
     jobs = {"a": [replace(job, train=h.TrainConfig(1, 2, evals=1, eval_windows=2, seed=seed)) for seed in (0, 1)]}
     measure = lambda trial, run: {"nats/char": float(trial.train.seed), "text": f"seed {trial.train.seed}"}  # noqa: E731
     table = run_jobs(h.Results(SMOKE, TEXT), "t", jobs, quiet=True, measure=measure)
-    assert table["scored on"].tolist() == ["validation text"]
-    elsewhere = lambda trial, run: measure(trial, run) | {"scored on": "test text"}  # noqa: E731
-    other = run_jobs(h.Results(SMOKE, TEXT), "t", jobs, quiet=True, measure=elsewhere)
-    assert other["scored on"].tolist() == ["test text"]
+    assert "95% ±" not in table and run_jobs(h.Results(SMOKE, TEXT), "t", jobs, quiet=True)["95% ±"].notna().all()
     assert table.loc[0, ["nats/char", "lowest seed", "highest seed", "text"]].tolist() == [0.5, 0.0, 1.0, "seed 0"]
     assert table["over seeds ±"][0] == pytest.approx(12.706 * math.sqrt(0.5) / math.sqrt(2), rel=1e-3)
 

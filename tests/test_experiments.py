@@ -251,7 +251,7 @@ def test_jobs_of_every_preset(preset):
     assert [job.batch_function for job in jobs.values()] == [h.diffusion_batch, h.next_token_batch]
     for sizes in crossover.SIZES[preset.name]:
         rows = crossover.crossover_jobs(sizes, 69, ids, ids)
-        assert len(rows) == len(sizes.characters) * sum(map(len, sizes.ladders.values()))
+        assert len(rows) == sum(len(ladder) for ladders in sizes.ladders.values() for ladder in ladders.values())
         assert all(f"{trials[0].train_ids.numel():,} characters" in row for row, trials in rows.items())
         every = [job for trials in rows.values() for job in trials]
         assert all(min(j.train.steps, j.train.batch_size, j.train.evals) >= 1 for j in [*every, *jobs.values()])
@@ -266,8 +266,8 @@ def tiny(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 16)
     monkeypatch.setenv("LLADA_DATA", str(tmp_path / "text.txt"))
     config = h.TrainConfig(2, 2, evals=1, eval_windows=2)
-    ladders = {crossover.PLAIN: (1,), crossover.REGULARISED: (1, 2), crossover.AR[1]: (1,)}
-    sizes = crossover.Crossover(8, 1, 1, 8, 2, (50,), ladders, seeds=2, windows=2)
+    ladders = {crossover.PLAIN: (1,), crossover.REGULARISED: (1, 2), crossover.Kind("AR"): (1,)}
+    sizes = crossover.Crossover(8, 1, 1, 8, 2, {50: ladders}, seeds=2, windows=2)
     changes = {"seq_len": 8, "n_layer": 1, "n_head": 1, "n_embd": 8, "llada": config, "ar": config}
     monkeypatch.setitem(h.PRESETS, "smoke", dataclasses.replace(h.PRESETS["smoke"], **changes))
     monkeypatch.setitem(vocabulary.SIZES, "smoke", (config, config))
@@ -296,7 +296,7 @@ def test_train_from_the_command_line(tiny, capsys, model):
     "command, only, row",
     [
         ("ablations", "AdamW", "LLaDA, AdamW alone"),
-        ("crossover", "^AR.*50", "AR, dropout 0.2, weight decay 0.1, 50 characters, 1 epochs"),
+        ("crossover", "^AR.*50", "AR, 50 characters, 1 epochs"),
         ("vocabulary", "^AR, char", "AR, characters"),
     ],
 )
@@ -319,6 +319,19 @@ def test_a_table_of_what_is_done_trains_nothing(tiny, monkeypatch):
     monkeypatch.setattr(h, "training_batch", None)
     main(["vocabulary", "--preset", "smoke", "--done"])
     assert pd.read_csv(TABLES / "vocabulary.csv")["row"].str.startswith("AR").all()
+
+
+def test_a_complete_run_is_told_from_an_interrupted_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = job_of()
+    assert experiments.complete_run(job) is None
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        h.train("any name", job, quiet=True)
+    assert experiments.complete_run(job) is None
+    run = h.train("any name", job, quiet=True)
+    assert experiments.complete_run(job).samefile(run.path) and experiments.complete_run(job_of(seed=1)) is None
+    assert experiments.complete_run(job, Path("elsewhere")) is None
 
 
 @pytest.mark.parametrize("name", experiments.SUITES)
