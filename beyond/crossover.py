@@ -53,9 +53,10 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        regularised = f", dropout {self.dropout}, weight decay {self.weight_decay}"
         noise = f", {self.inputs} inputs" * bool(self.inputs)
-        return self.model + noise + regularised * bool(self.dropout or self.weight_decay)
+        dropout = f", dropout {self.dropout}" * bool(self.dropout)
+        decay = f", weight decay {self.weight_decay}" * bool(self.weight_decay)
+        return self.model + noise + dropout + decay
 
 
 @dataclass(frozen=True)

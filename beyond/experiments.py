@@ -66,11 +66,10 @@ def _row(
         score, interval = H.per_character(nats, counts)
         line |= {"scored on": "validation text", "nats/char": score, "95% ±": interval}
     made = Row(line, [run.metrics.assign(row=row, seed=trial.train.seed) for run, trial in zip(runs, trials)], each, job)
-    ours = ours or made
-    apart = [mine - theirs for mine, theirs in zip(each, ours.nats)]  # seed by seed
     line |= {"lowest seed": min(each), "highest seed": max(each), "over seeds ±": H.half_width(each)}
     line |= {f"seed {trial.train.seed}": value for trial, value in zip(trials, each)}
-    line |= {"difference": sum(apart) / len(apart), "difference ±": H.half_width(apart)}
+    ours = ours or made
+    line |= _differences(each, ours.nats)
     usual = ours.job.settings()
     line["changed"] = ", ".join(f"{key}={value}" for key, value in job.settings().items() if value != usual[key])
     text = job.train_ids.view(1, -1) if job.train_ids.ndim == 1 else job.train_ids
@@ -79,6 +78,21 @@ def _row(
     line["epochs"] = summary["tokens"] / text.numel()  # and no seconds: suites share their machine with other work
     line |= {"fingerprint": suite_mark(trials), "device": summary["device"], "commit": summary["commit"]}
     return made
+
+
+def _differences(each: list[float], ours: list[float]) -> dict:
+    apart = [mine - theirs for mine, theirs in zip(each, ours)]  # seed by seed
+    return {"difference": sum(apart) / len(apart), "difference ±": H.half_width(apart)}
+
+
+def _kept(results: H.Results, name: str, row: str, trials: list[H.Job], ours: Row | None) -> Row | None:
+    """The row as the table has it, if these trainings made it."""
+    known, curves = (_read_table(results.tables / f"{file}.csv") for file in (name, f"{name}_curves"))
+    for line in known.to_dict("records") if len(curves) else ():
+        nats = [line.get(f"seed {trial.train.seed}") for trial in trials]
+        if (line["row"], line.get("fingerprint")) == (row, suite_mark(trials)) and None not in nats:
+            return Row(line | _differences(nats, ours.nats if ours else nats), [curves[curves["row"] == row]], nats, trials[0])
+    return None
 
 
 def _train(name: str, job: H.Job, **options) -> H.Run:
@@ -96,6 +110,7 @@ def run_jobs(
     *,
     compiled: bool = False,
     only: str = "",
+    done: bool = False,
     quiet: bool = False,
     lengths: dict[str, Tensor] | None = None,
     measure: Measure | None = None,
@@ -109,29 +124,26 @@ def run_jobs(
         results: where to write.
         compiled: torch.compile the blocks of our Transformers.
         only: rows that match this regular expression; nothing is written then.
+        done: train nothing; rows whose runs are complete, and those that the table already has from the same trainings.
         lengths: by row, the characters of each token, LongTensor[vocab_size], where they are not one each.
         measure: columns, a mean over seeds each, that take the place of nats per character of the validation windows: "nats/char"
             and "scored on", which says of which text it is, among them.
-
-    >>> import os, tempfile
-    >>> ids, here = torch.arange(4, 10).repeat(20), os.getcwd()
-    >>> job = H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=2, n_embd=8), H.TrainConfig(1, 2, evals=1), ids, ids)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     os.chdir(folder)  # runs/ and checkpoints/ are made where Python runs
-    ...     table = run_jobs(H.Results(H.PRESETS["smoke"], "a text"), "demo", {"base": [job]}, quiet=True)
-    ...     os.chdir(here)
-    >>> table["row"].tolist(), table["steps"].tolist(), table["tokens"].tolist()
-    (['base'], [1], [16])
     """
     rows: list[Row] = []
     ours: dict[bool, Row] = {}
     for index, (row, trials) in enumerate(jobs.items()):
-        if re.search(only, row):
+        if not re.search(only, row):
+            continue
+        base = ours.get(causal := trials[0].model.causal)
+        if done and not all(map(complete_run, trials)):
+            made = _kept(results, name, row, trials, base)
+        else:
             fast = compiled and issubclass(trials[0].architecture, H.Transformer)
             runs = [_train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
-            causal = trials[0].model.causal
-            rows.append(_row(row, trials, runs, (lengths or {}).get(row), measure, ours.get(causal)))
-            ours.setdefault(causal, rows[-1])
+            made = _row(row, trials, runs, (lengths or {}).get(row), measure, base)
+        if made:
+            rows.append(made)
+            ours.setdefault(causal, made)
     table = pd.DataFrame([row.line for row in rows])
     if only:
         return table.round(4)
@@ -141,13 +153,7 @@ def run_jobs(
 
 
 def suite_mark(trials: list[H.Job]) -> str:
-    """The fingerprints of a row's trainings, joined: what its numbers in a table were made by.
-
-    >>> ids = torch.arange(4, 10).repeat(10)
-    >>> job = H.Job(H.ModelConfig(10, 8, n_layer=1, n_head=1, n_embd=8), H.TrainConfig(steps=2, batch_size=2), ids, ids)
-    >>> len(suite_mark([job, job]))  # twelve digits each
-    25
-    """
+    """The fingerprints of a row's trainings, joined: what its numbers in a table were made by."""
     return "+".join(job.fingerprint() for job in trials)
 
 
@@ -332,19 +338,12 @@ def _parser() -> argparse.ArgumentParser:
             options.add_argument("--side-by-side", type=int, default=1, metavar="N", help="trainings of the study at a time")
         else:
             options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
-            options.add_argument("--done", action="store_true", help="train nothing: a table of the rows that are complete")
+            options.add_argument("--done", action="store_true", help="train nothing; a table of what is complete, here or in it")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: `python -m beyond.experiments train --preset cpu --model llada`; see --help.
-
-    >>> import contextlib, io
-    >>> with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
-    ...     main(["train", "--help"])
-    >>> "--preset" in said.getvalue()
-    True
-    """
+    """The command line: `python -m beyond.experiments train --preset cpu --model llada`; see --help."""
     arguments = _parser().parse_args(arguments)
     preset = H.PRESETS[arguments.preset] if arguments.preset else H.choose_preset()
     text = H.load_text()
@@ -365,10 +364,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(table.round(4).to_string(index=False))
         return
     jobs, _, options = suite(arguments.command, preset, text)
-    if arguments.done:
-        jobs = {row: trials for row, trials in jobs.items() if all(map(complete_run, trials))}
     results, options = H.Results(preset, text), {"compiled": preset.compiled, "only": arguments.only, **options}
-    table = run_jobs(results, arguments.command, jobs, **options)
+    table = run_jobs(results, arguments.command, jobs, done=arguments.done, **options)
     print(table.iloc[:, :8].to_string(index=False))
 
 

@@ -49,8 +49,8 @@ def test_each_row_reads_the_text_as_often_as_it_says(preset, form):
             *_, characters, epochs = (int(x) for x in row.replace(",", "").split() if x.isdigit())
             assert abs(job.train.steps * a_step - epochs * characters) <= a_step / 2 and job.train_ids.numel() == characters
             assert row.startswith("AR" if job.model.causal else "LLaDA") and job.train.seed == seed
-            regularised = f"dropout {job.model.dropout}, weight decay {job.train.weight_decay}"
-            assert (regularised in row) == (job.model.dropout + job.train.weight_decay > 0)
+            for name, value in {"dropout": job.model.dropout, "weight decay": job.train.weight_decay}.items():
+                assert (f"{name} {value}" in row) == (name in row) == (value > 0)
             noise = next((name for name in ("masked", "random") if f"{name} inputs" in row), "")
             assert job.architecture is crossover.ARCHITECTURES[noise]
 

@@ -321,6 +321,25 @@ def test_a_table_of_what_is_done_trains_nothing(tiny, monkeypatch):
     assert pd.read_csv(TABLES / "vocabulary.csv")["row"].str.startswith("AR").all()
 
 
+def test_a_table_grows_by_what_is_done_elsewhere(monkeypatch):
+    """Rows of the table stay without their runs, as long as their trainings are today's; differences are to the first row."""
+    jobs = jobs_of()
+    run_jobs(RESULTS, "whole", jobs)
+    shutil.rmtree("runs")
+    run_jobs(RESULTS, "t", {"a": jobs["a"]})
+    shutil.rmtree("runs")
+    run_jobs(RESULTS, "t", jobs, only="b")
+    monkeypatch.setattr(h, "training_batch", None)
+    for _ in range(2):  # the second time all rows are kept
+        run_jobs(RESULTS, "t", jobs, done=True)
+        for kind in ("", "_curves"):
+            whole, grown = (pd.read_csv(TABLES / f"{name}{kind}.csv") for name in ("whole", "t"))
+            pd.testing.assert_frame_equal(grown, whole, atol=2e-4)
+        shutil.rmtree("runs", ignore_errors=True)
+    other = {"a": jobs_of(steps=3)["a"], "b": jobs["b"]}
+    assert run_jobs(RESULTS, "t", other, done=True).row.tolist() == ["b"]
+
+
 def test_a_complete_run_is_told_from_an_interrupted_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = job_of()
