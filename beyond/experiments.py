@@ -192,7 +192,8 @@ def every_run(results: H.Results) -> pd.DataFrame:
     loss, device, commit, fingerprint.
 
     The suites' trainings are read off their tables and curves (what an earlier table does not say is missing), whatever this
-    folder has trained; those that a notebook made by itself are the other complete runs of this folder.
+    folder has trained; those that a notebook made by itself are the other complete runs of this folder, and what the file has
+    of such runs that are not here.
     """
     lines, kept = [], ("row", "changed", "steps", "tokens", "device", "commit")
     for name in SUITES:
@@ -208,6 +209,10 @@ def every_run(results: H.Results) -> pd.DataFrame:
         if record["complete"] and mark not in known:
             shared = {key: record.get(key) for key in (*kept, "seed", "best")} | {"row": record["name"]}
             lines.append({"suite": "notebooks", **shared, "fingerprint": mark})
+    here = known | {(line["row"], line["seed"]) for line in lines}
+    for line in _read_table(results.tables / "runs.csv").to_dict("records"):
+        if line.get("suite") == "notebooks" and not {line["fingerprint"], (line["row"], line["seed"])} & here:
+            lines.append(line)
     return results.table(pd.DataFrame(lines), "runs")
 
 

@@ -196,6 +196,11 @@ def test_every_training_behind_the_tables_is_recorded(monkeypatch):
     (mine,) = table[table["suite"] == "notebooks"].to_dict("records")
     assert mine["fingerprint"] == own.path.name[-12:] and mine["best"] == pytest.approx(own.summary["best"], abs=1e-4)
     assert len(pd.read_csv(TABLES / "runs.csv")) == len(table) == 5
+    shutil.rmtree("runs")
+    pd.testing.assert_frame_equal(experiments.every_run(RESULTS), table)  # what the file has of runs that are gone stays
+    again = h.train("a notebook's", job_of(seed=9, steps=2))  # and makes way for the same one, trained anew
+    marks = experiments.every_run(RESULTS).query("suite == 'notebooks'")["fingerprint"]
+    assert marks.tolist() == [again.path.name[-12:]]
 
 
 def test_fingerprints_of_digits_alone_are_not_read_as_numbers(lay, full_tables, monkeypatch):
