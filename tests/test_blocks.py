@@ -364,7 +364,10 @@ def test_from_nothing_a_block_is_as_many_masks(block_length):
     made = filled(b.cached_blocks(model), template, block_length, block_length // 2, forbidden=SPECIAL)
     options = {"mask_id": MASK, "block_length": block_length, "forbidden": SPECIAL}
     again = h.reverse_process(model, template, steps=2 * 8 // block_length, **options)
-    assert torch.equal(made.ids, again.ids) and torch.equal(made.order, again.order) and made.nfe == again.nfe
+    assert torch.equal(made.ids, again.ids) and made.nfe == again.nfe
+    for order in (made.order, again.order):  # a first block of masks alone looks the same everywhere: rounding breaks the ties
+        order[:, :block_length] = order[:, :block_length].sort(dim=1).values
+    assert torch.equal(made.order, again.order)
 
 
 @pytest.mark.parametrize("kind", ["AR", 1, 2, 8, "LLaDA"])

@@ -224,6 +224,6 @@ def test_vocabulary_from_the_command_line(tmp_path, monkeypatch, capsys, only):
     expected, lengths = vocabulary_jobs(h.PRESETS["smoke"], vocabulary.SIZES["smoke"][1], TEXT[:4000])
     assert (folder, name) == (Path("build/smoke/figures"), "vocabulary")
     assert all(torch.equal(lengths[row], each) for row, each in options.pop("lengths").items())
-    assert options == {"compiled": False, "only": only, "measure": None}
+    assert options == {"compiled": False, "only": only, "done": False, "measure": None}
     assert {row: suite_mark(trials) for row, trials in jobs.items()} == {r: suite_mark(t) for r, t in expected.items()}
     assert "LLaDA, 512 merges" in capsys.readouterr().out
