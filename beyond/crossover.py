@@ -54,9 +54,8 @@ class Kind(NamedTuple):
     @property
     def name(self) -> str:
         noise = f", {self.inputs} inputs" * bool(self.inputs)
-        dropout = f", dropout {self.dropout}" * bool(self.dropout)
-        decay = f", weight decay {self.weight_decay}" * bool(self.weight_decay)
-        return self.model + noise + dropout + decay
+        parts = {"dropout": self.dropout, "weight decay": self.weight_decay}
+        return self.model + noise + "".join(f", {name} {value}" for name, value in parts.items() if value)
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,8 @@ def _differences(each: list[float], ours: list[float]) -> dict:
     return {"difference": sum(apart) / len(apart), "difference ±": H.half_width(apart)}
 
 
-def _kept(results: H.Results, name: str, row: str, trials: list[H.Job], ours: Row | None) -> Row | None:
-    """The row as the table has it, if these trainings made it."""
-    known, curves = (_read_table(results.tables / f"{file}.csv") for file in (name, f"{name}_curves"))
+def _kept(known: pd.DataFrame, curves: pd.DataFrame, row: str, trials: list[H.Job], ours: Row | None) -> Row | None:
+    """The row as the table `known` has it, if these trainings made it."""
     for line in known.to_dict("records") if len(curves) else ():
         nats = [line.get(f"seed {trial.train.seed}") for trial in trials]
         if (line["row"], line.get("fingerprint")) == (row, suite_mark(trials)) and None not in nats:
@@ -131,12 +130,13 @@ def run_jobs(
     """
     rows: list[Row] = []
     ours: dict[bool, Row] = {}
+    before = _read_tables(results.tables, name)
     for index, (row, trials) in enumerate(jobs.items()):
         if not re.search(only, row):
             continue
         base = ours.get(causal := trials[0].model.causal)
         if done and not all(map(complete_run, trials)):
-            made = _kept(results, name, row, trials, base)
+            made = _kept(*before, row, trials, base)
         else:
             fast = compiled and issubclass(trials[0].architecture, H.Transformer)
             runs = [_train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
@@ -164,6 +164,10 @@ def _read_table(path: Path) -> pd.DataFrame:
         return pd.DataFrame()
 
 
+def _read_tables(folder: Path, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return _read_table(folder / f"{name}.csv"), _read_table(folder / f"{name}_curves.csv")
+
+
 def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options) -> tuple[pd.DataFrame, pd.DataFrame]:
     """NAME.csv and NAME_curves.csv if `full`'s trainings made them, else those of `short`, trained here.
 
@@ -173,7 +177,7 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
     """
     wanted = {row: suite_mark(trials) for row, trials in full.items()}
     for tables in (results.tables, COMMITTED):
-        known, curves = (_read_table(tables / f"{file}.csv") for file in (name, f"{name}_curves"))
+        known, curves = _read_tables(tables, name)
         marks = dict(zip(known["row"], known["fingerprint"])) if {"row", "fingerprint"} <= set(known) else {}
         said = "the full suite" if marks == wanted else f"{len(marks)} of {len(wanted)} rows, the others are not trained yet"
         if not marks.items() <= wanted.items():
@@ -188,16 +192,14 @@ def experiment(results: H.Results, name: str, full: Jobs, short: Jobs, **options
 
 
 def every_run(results: H.Results) -> pd.DataFrame:
-    """tables/runs.csv, every training behind a table: suite, row, seed, what its row changes, steps, tokens, best validation
-    loss, device, commit, fingerprint.
+    """tables/runs.csv, every training behind a table, its best validation loss and what it was made by: a row each.
 
     The suites' trainings are read off their tables and curves (what an earlier table does not say is missing), whatever this
-    folder has trained; those that a notebook made by itself are the other complete runs of this folder, and what the file has
-    of such runs that are not here.
+    folder has trained; the notebooks' own are the other complete runs of this folder and, where they are gone, the file's.
     """
     lines, kept = [], ("row", "changed", "steps", "tokens", "device", "commit")
     for name in SUITES:
-        known, curves = (_read_table(results.tables / f"{file}.csv") for file in (name, f"{name}_curves"))
+        known, curves = _read_tables(results.tables, name)
         for line in known.to_dict("records") if len(curves) else ():
             best = curves[curves["row"].astype(str) == line["row"]].groupby("seed")["val_loss"].min()
             for (seed, loss), mark in zip(best.items(), line["fingerprint"].split("+")):
@@ -210,9 +212,8 @@ def every_run(results: H.Results) -> pd.DataFrame:
             shared = {key: record.get(key) for key in (*kept, "seed", "best")} | {"row": record["name"]}
             lines.append({"suite": "notebooks", **shared, "fingerprint": mark})
     here = known | {(line["row"], line["seed"]) for line in lines}
-    for line in _read_table(results.tables / "runs.csv").to_dict("records"):
-        if line.get("suite") == "notebooks" and not {line["fingerprint"], (line["row"], line["seed"])} & here:
-            lines.append(line)
+    before = _read_table(results.tables / "runs.csv").to_dict("records")
+    lines += [x for x in before if x.get("suite") == "notebooks" and not {x["fingerprint"], (x["row"], x["seed"])} & here]
     return results.table(pd.DataFrame(lines), "runs")
 
 
