@@ -144,9 +144,10 @@ class CharTokenizer:
     @classmethod
     def from_json(cls, text: str) -> "CharTokenizer":
         """ValueError if `text` is not what to_json returned."""
-        made = json.loads(text)
-        _refuse(not isinstance(made, dict) or made.get("special_tokens") != [*SPECIAL_TOKENS], "pass what to_json returned")
-        return cls("".join(made["characters"]))
+        match json.loads(text):
+            case {"special_tokens": [*special], "characters": str() | list() as known} if special == [*SPECIAL_TOKENS]:
+                return cls(known)
+        raise ValueError("pass what to_json returned")
 
 
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
@@ -660,7 +661,7 @@ class TrainingLog:
             return contextlib.nullcontext()
 
     def complete(self) -> bool:
-        """Whether the run is complete; then `record` is what it left. What is missing or damaged is remade of the last state."""
+        """Whether the run is complete; then `record` is what it left. What is missing is remade, without best/ from the start."""
         with contextlib.suppress(OSError, ValueError):
             if not self.anew and (self.best / "model.safetensors").exists() and (self.path / "metrics.csv").exists():
                 self.record = json.loads((self.path / "run.json").read_text())
@@ -671,7 +672,7 @@ class TrainingLog:
         self.model, self.optimizer, job, accelerator = model, optimizer, self.job, self.accelerator
         for left_by_a_kill in (*self.path.glob(".*.*"), *self.best.parent.rglob(".*.*")) if self.main else ():
             left_by_a_kill.unlink()
-        found = [path for path in self.states if path.exists() and not self.anew]
+        found = [path for path in self.states if path.exists() and not self.anew and (self.best / "model.safetensors").exists()]
         for path in found:
             try:
                 notes = load_state(path, self.mark, model, optimizer)
@@ -690,7 +691,7 @@ class TrainingLog:
             if self.main and path == self.states[1]:  # or a damaged one would replace it
                 os.replace(path, self.states[0])
         model.register_forward_hook(lambda _, ids, logits: setattr(self, "logits", logits.detach()))
-        self.twin = job.architecture(job.model).to(accelerator.device).eval()  # eager, full precision, any shape
+        self.twin = job.architecture(job.model).to(accelerator.device).eval()  # eager, no autocast, any shape
         self.record |= {"parameters": sum(p.numel() for p in model.parameters()), "processes": accelerator.num_processes}
         self.record |= {"precision": accelerator.mixed_precision, "characters": job.train_ids.numel(), **describe_machine()}
         self.writer = SummaryWriter(self.path, purge_step=self.step) if self.main else None
@@ -732,8 +733,7 @@ class TrainingLog:
             for key in METRICS[3:]:
                 self.writer.add_scalar(key, row[key], self.step)
             scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
-            notes = {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler}
-            save_state(*self.states, self.model, self.optimizer, notes)
+            save_state(*self.states, self.model, self.optimizer, {"fingerprint": self.mark, "rows": self.rows, "scaler": scaler})
         self.write()
 
     def write(self) -> None:
@@ -747,8 +747,8 @@ class TrainingLog:
 
     def run(self) -> Run:
         """What is on disk; the model as it is, if it was never validated."""
-        validated = (self.best / "model.safetensors").exists()
-        model = load_model(self.best, self.job.architecture).to(self.accelerator.device) if validated else self.model.eval()
+        model = load_model(self.best, self.job.architecture) if (self.best / "model.safetensors").exists() else self.model.eval()
+        model = model.to("cpu" if self.accelerator.device.type == "mps" else self.accelerator.device)  # "mps" lacks float64
         exactly = dict.fromkeys(METRICS[2:], lambda number: float(number or math.nan))  # to the last digit
         return Run(model, pd.read_csv(self.path / "metrics.csv", converters=exactly), self.record, self.path)
 
@@ -875,7 +875,7 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: t
     _refuse(bool(best.isneginf().any()), "every token that the model allows is forbidden; pass fewer forbidden ids")
     if temperature == 0:
         return tokens
-    probs = ((logits - best[:, None]).double() / temperature).exp()  # times a constant of the row
+    probs = ((logits.double() - best[:, None]) / temperature).exp()  # times a constant of the row
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(dim=-1) - ranked >= top_p * probs.sum(dim=-1, keepdim=True)] = 0  # the first token always stays
@@ -993,9 +993,9 @@ def infill(model: MaskPredictor, tokenizer: CharTokenizer, texts: list[str], **o
     """Fill texts such as "To [__] or not", an underscore a character; `options`: of `reverse_process`. ValueError: no blank."""
     pieces = [re.split(r"\[(_+)\]", text) for text in texts]  # of each: text, underscores, text, underscores, ..., text
     texts = [["[MASK]" if i % 2 else c for i, piece in enumerate(split) for c in piece] for split in pieces]
-    _refuse(not all("[MASK]" in text for text in texts), "a text has no blank: mark it with [___], an underscore for a character")
+    _refuse(not texts or not all("[MASK]" in text for text in texts), "no texts, or no blank in one: mark it with [___]")
     template = nn.utils.rnn.pad_sequence([*map(tokenizer.encode, texts)], batch_first=True, padding_value=PAD_ID)
-    made = reverse_process(model, template, mask_id=MASK_ID, forbidden=(PAD_ID, START_ID, END_ID), **options)
+    made = reverse_process(model, template, mask_id=MASK_ID, **{"forbidden": (PAD_ID, START_ID, END_ID), **options})
     return [tokenizer.decode(row) for row in made.ids]
 
 

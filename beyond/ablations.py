@@ -188,8 +188,7 @@ class LearnedPositions(H.Transformer):
         self.sin.zero_()  # an angle of zero: nothing is rotated
 
     def forward(self, ids: Tensor, cache: None = None, start: int = 0) -> Tensor:
-        if cache is not None or start:
-            raise ValueError("learned positions start at 0: pass whole sequences and no cache")
+        H._refuse(cache is not None or start > 0, "learned positions start at 0: pass whole sequences and no cache")
         return super().forward(ids)
 
 
@@ -273,11 +272,12 @@ def gradient_noise(model: H.Transformer, windows: Tensor, batches: int, size: in
     >>> list(gradient_noise(model, torch.full((2, 4), 5), 16))[:5]
     ['row', 'embedding', 'embedding ±', 'attention', 'attention ±']
     """
+    H._refuse(batches < 2 * parts, f"{batches=}: pass at least {2 * parts}")
     weights, lines = dict(model.named_parameters()), []
     groups = {name: GROUPS[name.split(".")[-2]] for name in weights}
     for make_batch in (H.diffusion_batch, uniform_times, independent_times, one_time_per_batch, square_times):
         variance = {group: [] for group in groups.values()}
-        for part in torch.arange(batches).chunk(parts):
+        for part in torch.arange(batches).tensor_split(parts):
             total, squares = dict.fromkeys(weights, 0.0), dict.fromkeys(variance, 0.0)
             for seed in part.tolist():
                 generator = torch.Generator().manual_seed(seed)

@@ -68,15 +68,14 @@ class BlockDiffusion(H.Transformer):
 
     def __init__(self, config: H.ModelConfig):
         super().__init__(config)
-        if config.causal:
-            raise ValueError("attention is causal between blocks, not inside: pass a config with causal=False")
+        H._refuse(config.causal, "attention is causal between blocks, not inside: pass a config with causal=False")
 
     def forward(self, ids: Tensor, cache: H.KVCache | None = None, start: int = 0) -> Tensor:
         if ids.ndim == 2:
             return super().forward(ids, cache, start)
         length = ids.shape[-1]
-        if ids.ndim != 3 or ids.shape[1] != 2 or length > self.config.seq_len:
-            raise ValueError(f"ids {tuple(ids.shape)}: pass [B, L] or pairs [B, 2, L] with L <= {self.config.seq_len}")
+        wrong = ids.ndim != 3 or ids.shape[1] != 2 or length > self.config.seq_len
+        H._refuse(wrong, f"ids {tuple(ids.shape)}: pass [B, L] or pairs [B, 2, L] with L <= {self.config.seq_len}")
         if length <= self.block_length:  # a lone block has nothing before it
             return super().forward(ids[:, 0])
         both = ids.flatten(1)  # [B, 2 L], x_t then x_0
@@ -230,8 +229,8 @@ def cached_blocks(model: BlockDiffusion, mask_id: int = H.MASK_ID) -> MaskPredic
     >>> cached_blocks(model)(torch.tensor([[4, 5, H.MASK_ID, 6, H.MASK_ID, 7]])).shape
     torch.Size([1, 6, 9])
     """
-    if not isinstance(model, BlockDiffusion):
-        raise ValueError(f"finished blocks must stay as they are: pass a BlockDiffusion, not {type(model).__name__}")
+    wrong = not isinstance(model, BlockDiffusion)
+    H._refuse(wrong, f"finished blocks must stay as they are: pass a BlockDiffusion, not {type(model).__name__}")
     seen = cache = None  # the ids whose keys and values are kept, -1 where none are
 
     @H._inference

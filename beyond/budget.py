@@ -67,6 +67,14 @@ def training_flop(job: H.Job) -> int:
     return BACKWARD * job.train.steps * job.train.batch_size * forward_flop(job.model, length, length)
 
 
+def trained(name: str, job: H.Job, **options) -> H.Run:
+    """`H.train` to the end. KeyboardInterrupt: Ctrl-C stopped it; a half-trained model would be taken for the whole one."""
+    run = H.train(name, job, **options)
+    if not run.summary["complete"]:
+        raise KeyboardInterrupt("no table is written; running the same again goes on")
+    return run
+
+
 def shortened(config: H.TrainConfig, parts: int) -> H.TrainConfig:
     """The same training with one of so many parts of its steps, and of its validations.
 
@@ -186,7 +194,7 @@ def train_all(jobs: list[tuple[str, H.Job]], compiled: bool, side_by_side: int) 
         with ProcessPoolExecutor(side_by_side, multiprocessing.get_context("spawn")) as pool:
             for name, job in jobs:
                 pool.submit(H.train, name, job, compiled=compiled, quiet=True)
-    return [H.train(name, job, compiled=compiled, quiet=True) for name, job in jobs]  # those that failed fail here, and say why
+    return [trained(name, job, compiled=compiled, quiet=True) for name, job in jobs]  # those that failed fail here, and say why
 
 
 def study(preset: H.Preset, text: str, side_by_side: int = 1) -> pd.DataFrame:
@@ -216,7 +224,7 @@ def record(preset: H.Preset, text: str, settings: dict[str, dict], seeds: Sequen
     for name, job in preset.jobs(tokenizer.vocab_size, train_ids, train_ids[-len(test_ids) :]).items():
         for seed in seeds:
             made = record_job(job, settings.get(name, {}), seed=seed)
-            run = H.train(f"{preset.name}-record-{name.lower()}", made, compiled=preset.compiled)
+            run = trained(f"{preset.name}-record-{name.lower()}", made, compiled=preset.compiled)
             scores = window_nats(run.model, test_ids, preset.nelbo_samples)
             nats, interval = H.per_character(*scores)
             row = {"model": name, "seed": seed, "parameters": run.summary["parameters"], "width": made.model.n_embd}

@@ -156,6 +156,8 @@ def late(strategy: Strategy | str, ids: tuple[int, ...]) -> Strategy:
         missing = (count - early.sum(dim=1)).clamp(min=0).masked_fill((early & ~first).any(dim=1), 0)
         return first | H.low_confidence(tokens, probs, postponed, missing)
 
+    commit.schedule = getattr(strategy, "schedule", H.evenly)
+
     return commit
 
 

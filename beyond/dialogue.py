@@ -131,14 +131,14 @@ def in_turns(text: str, layout: Layout) -> Talk:
 def talks(texts: tuple[str, str, str], layout: Layout) -> list[Talk]:
     """The dialogue of training, validation and test text, cut out separately: no speech is in two. No play: `in_turns`.
 
-    A play has at least four speakers that speak in training and validation, and in each part a speech that fits after one that
-    fills the prompt.
+    A play has four speakers that answer full prompts in training and in validation, and in each part a speech that fits after one
+    that fills the prompt.
     """
     parts = [dialogue(text) for text in texts]
-    shared = {who for _, who, _ in parts[0]} & {who for _, who, _ in parts[1]}
+    four = all(len(quiz(part, parts[0], layout, 1)) == 4 for part in parts[:2])
     lengths = [[(len(before), len(speech)) for before, _, speech in part] for part in parts]
     usable = all(any(p >= layout.prompt_len and s < layout.answer_len for p, s in part) for part in lengths)
-    return parts if usable and len(shared) >= 4 else [in_turns(text, layout) for text in texts]
+    return parts if usable and four else [in_turns(text, layout) for text in texts]
 
 
 def full_prompts(rows: Tensor, layout: Layout, count: int) -> Tensor:
@@ -304,13 +304,13 @@ def ahead(costs: np.ndarray, names: list[str], asked: Talk) -> np.ndarray:
 def speakers_table(tuned: dict, quizzes: dict[str, Talk], trained: Talk, layout: Layout, n_samples: int) -> pd.DataFrame:
     """Which speaker makes a speech likeliest? How often it is the right one, and by how many nats that is ahead of the others.
 
-    A quiz between fewer than two speakers is left out, and a sentence says so.
+    A quiz between fewer than four speakers is left out, and a sentence says so.
     """
     lines = [{"row": "chance", "share": 0.25}]
     for title, asked in quizzes.items():
         names = list(dict.fromkeys(who for _, who, _ in asked))
-        if len(names) < 2:
-            print(f"{title}: left out, the text is too short for two speakers in both of its parts")
+        if len(names) < 4:
+            print(f"{title}: left out, the text is too short for four speakers in both of its parts")
             continue
         costs = {"characters counted": by_characters(names, asked, trained)}
         costs["LLaDA, the speech"] = name_nats(tuned["LLaDA"], names, asked, layout, n_samples)

@@ -7,7 +7,6 @@ instead of drawing them. The product of the probabilities that it gave them is p
     nats = decoder_nll(model, windows, H.MASK_ID, steps=8, remasking=bit_reversed).sum(dim=1)
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 import llada_helpers as H
 from beyond import decoding, quality
 from beyond.ablations import gradient_noise
+from beyond.budget import trained
 from beyond.likelihood import cost_by_place, low_noise_nelbo, spread
 from llada_helpers import MaskPredictor, Strategy
 
@@ -95,7 +95,6 @@ def decoder_nll(
         H._refuse(not bool((logits < math.inf).all()), "the logits are not finite; pass a model without NaN and infinity")
         return torch.full_like(logits, -math.inf).scatter(-1, truth, 0.0)
 
-    @functools.wraps(strategy)  # with its schedule
     def commit(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         nonlocal nll
         probs = logits.softmax(dim=-1) * masked[..., None]
@@ -104,6 +103,7 @@ def decoder_nll(
         nll = nll.where(~stay, cost)
         return stay
 
+    commit.schedule = getattr(strategy, "schedule", H.evenly)
     if bool(maskable.any()):
         H.reverse_process(told, sequences.masked_fill(maskable, mask_id), mask_id=mask_id, steps=steps, remasking=commit)
     return nll.float()
@@ -207,24 +207,24 @@ def measured(model: H.Transformer, windows: Tensor, strategy: Strategy | str, st
         order, real = torch.full_like(rows, -1), H.real_tokens(rows)
         inner = H.named_strategy(strategy, generator)
 
-        @functools.wraps(inner)
         def watched(tokens, probs, masked, count, inner=inner, order=order):
             stay = inner(tokens, probs, masked, count) & masked
             order[stay.to(order.device)] = order.amax() + 1
             return stay
 
+        watched.schedule = getattr(inner, "schedule", H.evenly)
         options = {"steps": steps, "remasking": watched, "maskable": real, "forbidden": quality.SPECIAL}
         parts.append((decoder_nll(model, rows, H.MASK_ID, **options).cpu(), order))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def chosen(windows: Tensor, count: int) -> Tensor:
-    """At most `count` windows of [N, L], evenly spread over all; all but the last, if some are left out, which may be padded.
+    """At most `count` windows of [N, L], evenly spread over all; none that is padded.
 
-    >>> chosen(torch.arange(12).view(6, 2), 3)[:, 0].tolist(), len(chosen(torch.arange(12).view(6, 2), 9))
-    ([0, 4, 8], 6)
+    >>> chosen(torch.arange(12).view(6, 2), 3)[:, 0].tolist(), len(chosen(torch.arange(12).view(6, 2), 9))  # 0 is [PAD]
+    ([0, 4, 8], 5)
     """
-    return windows if count >= len(windows) else spread(windows, count)
+    return windows[H.real_tokens(windows).all(dim=1)] if count >= len(windows) else spread(windows, count)
 
 
 def exact_table(models: dict[str, H.Transformer], windows: Tensor, sizes: Sizes, only: str = "") -> pd.DataFrame:
@@ -330,7 +330,7 @@ def decoder_batch(sequences: Tensor, generator: torch.Generator, learned: Tensor
 def decoder_jobs(preset: H.Preset, config: H.TrainConfig, vocab_size: int, *data: Tensor) -> dict[str, list[H.Job]]:
     """Further training of the preset's LLaDA, three seeds each: on Eq. 3, the control, and on the decoder's own states."""
     job = preset.jobs(vocab_size, *data)["LLaDA"]
-    start = H.train(f"{preset.name}-llada", job, compiled=preset.compiled, quiet=True).model.cpu()
+    start = trained(f"{preset.name}-llada", job, compiled=preset.compiled, quiet=True).model.cpu()
     more = [replace(job, train=replace(config, seed=seed), start=start) for seed in (1, 2, 3)]
     return {"Eq. 3 for longer": more, "the decoder's states": [replace(further, make_batch=decoder_batch) for further in more]}
 

@@ -94,14 +94,6 @@ def _kept(known: pd.DataFrame, curves: pd.DataFrame, row: str, trials: list[H.Jo
     return None
 
 
-def _train(name: str, job: H.Job, **options) -> H.Run:
-    """Ctrl-C ends the suite: a table of half-trained rows would be taken for the whole one."""
-    run = H.train(name, job, **options)
-    if not run.summary["complete"]:
-        raise KeyboardInterrupt("no table is written; running the same again goes on")
-    return run
-
-
 def run_jobs(
     results: H.Results,
     name: str,
@@ -130,6 +122,7 @@ def run_jobs(
     """
     rows: list[Row] = []
     ours: dict[bool, Row] = {}
+    firsts = {trials[0].model.causal: row for row, trials in reversed(jobs.items())}
     before = _read_tables(results.tables, name)
     for index, (row, trials) in enumerate(jobs.items()):
         if not re.search(only, row):
@@ -139,11 +132,14 @@ def run_jobs(
             made = _kept(*before, row, trials, base)
         else:
             fast = compiled and issubclass(trials[0].architecture, H.Transformer)
-            runs = [_train(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
+            runs = [budget.trained(f"{name}-{index}-{trial.train.seed}", trial, compiled=fast, quiet=quiet) for trial in trials]
             made = _row(row, trials, runs, (lengths or {}).get(row), measure, base)
         if made:
+            alone = not (base or only) and row != firsts[causal]
+            H._refuse(alone, f"{row!r} is told as a difference to {firsts[causal]!r}: train that first")
             rows.append(made)
             ours.setdefault(causal, made)
+    H._refuse(not rows, f"no row matches {only!r} and is trained; pass a part of one of {list(jobs)}")
     table = pd.DataFrame([row.line for row in rows])
     if only:
         return table.round(4)
@@ -238,8 +234,8 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
     tokenizer = H.CharTokenizer.from_text(text)
     train_ids, val_ids, test_ids = parts(tokenizer.encode(text))
     jobs = preset.jobs(tokenizer.vocab_size, train_ids, val_ids)
-    trained = {k: _train(f"{preset.name}-{k.lower()}", job, compiled=preset.compiled, quiet=True) for k, job in jobs.items()}
-    models = {name: run.model for name, run in trained.items()}
+    runs = {k: budget.trained(f"{preset.name}-{k.lower()}", job, compiled=preset.compiled, quiet=True) for k, job in jobs.items()}
+    models = {name: run.model for name, run in runs.items()}
     val, test = (H.windows(ids, preset.seq_len) for ids in (val_ids, test_ids))
     short, large = (exact.tables(models, val, test, sizes) for sizes in exact.SIZES[preset.name])
     mark, names = suite_mark(list(jobs.values())), [name for name in large if re.search(only, name)]
@@ -343,7 +339,9 @@ def _parser() -> argparse.ArgumentParser:
             options.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
             options.add_argument("--side-by-side", type=int, default=1, metavar="N", help="trainings of the study at a time")
         else:
-            options.add_argument("--only", default="", metavar="REGEX", help="train matching rows only, and write no table")
+            said = "make matching tables only" if command == "exact" else "train matching rows only, and write no table"
+            options.add_argument("--only", default="", metavar="REGEX", help=said)
+        if command in SUITES:
             options.add_argument("--done", action="store_true", help="train nothing; a table of what is complete, here or in it")
     return parser
 

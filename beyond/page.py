@@ -31,14 +31,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
 
 
-def quantized(model: H.Transformer) -> H.Transformer:
-    """A copy with the very weights that the page computes with: integers * scale."""
-    parts = {name: quantize(weight) for name, weight in model.state_dict().items()}
-    made = H.Transformer(model.config).eval()
-    made.load_state_dict({name: integers.float() * scale[:, None] for name, (integers, scale) in parts.items()})
-    return made
-
-
 def packed(model: H.Transformer) -> dict:
     """What the page needs of a model: its sizes, and each matrix as [rows, columns, base64 of int8, base64 of float32 scales]."""
     matrices = {}

@@ -283,6 +283,16 @@ def test_a_batch_function_may_change_at_a_step():
     assert job.fingerprint() != dataclasses.replace(job, make_batch=later).fingerprint()
 
 
+def test_the_noise_of_the_gradient_is_a_mean_over_its_parts_whatever_their_sizes():
+    model = h.Transformer(h.ModelConfig(10, 6, n_layer=1, n_head=1, n_embd=8))
+    rows = torch.randint(4, 10, (5, 6), generator=seeded(0))
+    assert (ablations.gradient_noise(model, rows, 17, size=4).filter(regex="±") > 0).any(axis=None)
+    few, many = (ablations.gradient_noise(model, rows, n, size=4)["head"] for n in (240, 249))
+    assert few.tolist() == pytest.approx(many.tolist(), rel=0.15)
+    with pytest.raises(ValueError, match="pass at least 16"):
+        ablations.gradient_noise(model, rows, 15)
+
+
 def test_the_noise_of_the_gradient_is_its_variance_over_batches():
     """By hand, over all batches at once: the parts' estimates agree with it, for each group of parameters."""
     model = h.Transformer(h.ModelConfig(10, 6, n_layer=1, n_head=1, n_embd=8))

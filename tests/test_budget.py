@@ -196,6 +196,19 @@ def test_the_record_scores_the_whole_last_tenth(in_folder):
     assert (table["minutes"] > 0).all() and table["device"].str.len().min() > 2
 
 
+def test_an_interrupted_record_is_none(in_folder, monkeypatch):
+    """A half-trained model would be scored as the whole one."""
+
+    def interrupted(job, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(h, "training_batch", interrupted)
+    for with_study in (False, True):
+        with pytest.raises(KeyboardInterrupt, match="goes on"):
+            budget.make_record(TINY, TEXT, [0], with_study, 1)
+    assert not Path("build").exists()
+
+
 def test_the_command_line_makes_the_record(in_folder, monkeypatch, capsys):
     monkeypatch.setitem(h.PRESETS, "smoke", TINY)
     monkeypatch.setattr(h, "load_text", lambda: TEXT)

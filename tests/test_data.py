@@ -260,7 +260,11 @@ def test_decode_special_tokens():
     assert tokenizer.decode([]) == ""
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"characters": 5}', '{"characters": "aa"}', '{"characters": ""}'])
+SPECIAL = '{"special_tokens": ["[PAD]", "[MASK]", "[START]", "[END]"]'
+KNOWN = [f"{SPECIAL}{rest}}}" for rest in ("", ', "characters": 5', ', "characters": "aa"', ', "characters": ""')]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "5", "null", "not json", '{"characters": "ab"}', *KNOWN])
 def test_bad_json_is_a_value_error(text):
     with pytest.raises(ValueError):
         h.CharTokenizer.from_json(text)

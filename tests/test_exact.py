@@ -145,6 +145,24 @@ def test_a_schedule_of_its_own_is_kept():
     assert float(drawn.mean()) >= -math.log(float(drawn.neg().exp().mean()))
 
 
+class Backwards:
+    """A strategy that is an object: one character in the first pass, the others in the second."""
+
+    def __call__(self, tokens, probs, masked, count):
+        return exact.right_to_left(tokens, probs, masked, count)
+
+    def schedule(self, masked, n, step, steps):
+        return masked, masked.sum(dim=1) - (n - 1) * (step == 0)
+
+
+def test_a_schedule_that_is_a_method_is_kept():
+    _, order = exact.measured(WRONG, EVERY[:3], Backwards(), 3)
+    assert order.tolist() == [[1, 1, 0]] * 3
+    late = decoding.late(Backwards(), (END,))
+    made = fill(WRONG, masks(2), steps=3, remasking=late, forbidden=(*SPECIAL, MASK), generator=seeded(0))
+    assert made.order.tolist() == [[1, 1, 0]] * 2
+
+
 LOOKING = {
     "low confidence": "low_confidence",
     "in blocks": h.blockwise(h.low_confidence, 1),
@@ -218,6 +236,16 @@ def test_what_each_pass_and_each_place_costs_a_blank_model():
     assert prices.groupby("decoder")["of the whole"].sum().tolist() == pytest.approx([math.log(5)] * 4, rel=1e-5)
     places = exact.by_place(MODELS, ROWS, parts=2).groupby("model")["nats/char"].mean()
     assert places.tolist() == pytest.approx([math.log(9), math.log(5), math.log(9)], rel=1e-5)
+
+
+def test_no_window_that_is_padded_is_scored():
+    """Where all windows are taken, the last one may be; [PAD] is no text."""
+    padded = torch.cat((ROWS, torch.tensor([[5] * 3 + [h.PAD_ID] * 5])))
+    sizes = exact.Sizes(9, 9, 9, (2,), 16)
+    assert torch.equal(exact.chosen(padded, 9), ROWS)
+    made = [exact.tables(MODELS, windows, windows, sizes) for windows in (ROWS, padded)]
+    for name in ("exact", "exact_places", "exact_passes"):
+        assert made[0][name]().equals(made[1][name]())
 
 
 def test_counts_that_double_and_the_order_from_right_to_left():

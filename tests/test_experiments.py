@@ -341,8 +341,22 @@ def test_a_table_grows_by_what_is_done_elsewhere(monkeypatch):
             whole, grown = (pd.read_csv(TABLES / f"{name}{kind}.csv") for name in ("whole", "t"))
             pd.testing.assert_frame_equal(grown, whole, atol=2e-4)
         shutil.rmtree("runs", ignore_errors=True)
-    other = {"a": jobs_of(steps=3)["a"], "b": jobs["b"]}
-    assert run_jobs(RESULTS, "t", other, done=True).row.tolist() == ["b"]
+    other = {"a": jobs["a"], "b": jobs_of(steps=3)["b"]}
+    assert run_jobs(RESULTS, "t", other, done=True).row.tolist() == ["a"]
+
+
+def test_a_table_without_its_first_row_is_refused():
+    """Differences would be to another row than the table says."""
+    jobs = jobs_of()
+    run_jobs(RESULTS, "t", jobs)
+    before = (TABLES / "t.csv").read_bytes()
+    for other, word in (({"a": jobs_of(steps=3)["a"], "b": jobs["b"]}, "train that first"), (jobs_of(steps=3), "no row matches")):
+        shutil.rmtree("runs", ignore_errors=True)
+        with pytest.raises(ValueError, match=word):
+            run_jobs(RESULTS, "t", other, done=True)
+    with pytest.raises(ValueError, match="no row matches 'c'"):
+        run_jobs(RESULTS, "t", jobs, only="c")
+    assert (TABLES / "t.csv").read_bytes() == before
 
 
 def test_a_complete_run_is_told_from_an_interrupted_one(tmp_path, monkeypatch):
@@ -392,13 +406,14 @@ def test_launchers(tmp_path):
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
-    said = capsys.readouterr().out
+    all_of_it = capsys.readouterr().out
     assert end.value.code == 0
-    for command in ("train", *experiments.SUITES):
-        assert command in said
+    for command in ("train", "exact", "record", *experiments.SUITES):
+        assert command in all_of_it
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
-        assert end.value.code == 0 and "--preset" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert end.value.code == 0 and "--preset" in said and ("--done" in said) == (command in experiments.SUITES)
 
 
 @pytest.mark.parametrize(

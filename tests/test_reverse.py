@@ -671,6 +671,19 @@ def test_infill_takes_the_options_of_the_sampler():
 def test_infill_needs_a_blank(text):
     with pytest.raises(ValueError, match="no blank"):
         h.infill(EXACT, TOKENIZER, ["[_]", text], steps=1)
+    with pytest.raises(ValueError, match="no texts"):
+        h.infill(EXACT, TOKENIZER, [], steps=1)
+
+
+def test_infill_may_be_told_what_not_to_write():
+    tokenizer = h.CharTokenizer.from_text("ab")
+
+    def surest(ids):  # of [END], then of a, then of b
+        return torch.tensor([0.0, 0, 0, 9, 2, 1]).expand(*ids.shape, 6)
+
+    special = (h.PAD_ID, h.START_ID, h.END_ID)
+    assert h.infill(surest, tokenizer, ["b[_]b"], steps=1) == ["bab"]
+    assert h.infill(surest, tokenizer, ["b[_]b"], steps=1, forbidden=(*special, 4)) == ["bbb"]
 
 
 # --- left to right ---

@@ -50,6 +50,8 @@ def test_words_round_trip(text):
     ids = tokenizer.encode(text)
     assert ids.tolist() == [4 + sorted(set(text)).index(word) for word in text]
     assert tokenizer.vocab_size == 4 + len(set(text)) and tokenizer.decode(ids) == " ".join(text)
+    again = toy.WordTokenizer.from_json(tokenizer.to_json())
+    assert again.vocab_size == tokenizer.vocab_size and torch.equal(again.encode(text), ids)
 
 
 def test_words_are_shown_up_to_the_first_end_and_unknown_ones_are_named():
