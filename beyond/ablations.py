@@ -216,6 +216,7 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "LLaDA, mean over masked, Eq. 3 in the decay": {"make_batch": switched(masked_mean, late, switch)},
         "LLaDA, t from a bell, weighted": {"make_batch": bell_times_weighted},
         "LLaDA, t from a bell": {"make_batch": bell_times},
+        "LLaDA, t from a bell, Eq. 3 in the decay": {"make_batch": switched(bell_times, late, switch)},
         "LLaDA, AdamW alone": {"muon_lr": 0.0},
         "LLaDA, time conditioning": {"architecture": TimeConditioned},
         "LLaDA, usual attention scale": {"attention_scale": head**0.5},
