@@ -648,10 +648,9 @@ class TrainingLog:
         folder = min((path.name for path in root.glob(f"runs/*-{self.mark}")), default=f"{name}-{self.mark}")  # whatever its name
         self.path, self.best = root / "runs" / folder, root / "checkpoints" / folder / "best"
         self.states = [self.best.with_name(f"{age}.state") for age in ("last", "previous")]
-        self.step, self.rows, self.noted, self.silent = 0, [], [], quiet or not self.main
+        self.step, self.rows, self.noted, self.anew = 0, [], [], os.environ.get("LLADA_RETRAIN") == "1"
         self.eval_steps = {round(job.train.steps * (i + 1) / job.train.evals) for i in range(job.train.evals)}
-        self.anew = os.environ.get("LLADA_RETRAIN") == "1"
-        self.record = {"name": name, "complete": False, **job.settings()}
+        self.record, self.silent = {"name": name, "complete": False, **job.settings()}, quiet or not self.main
 
     def alone(self) -> contextlib.AbstractContextManager:
         """Wait for whoever else is at this training. The system takes the lock from a process that is killed."""
@@ -749,6 +748,7 @@ class TrainingLog:
         """What is on disk; the model as it is, if it was never validated."""
         model = load_model(self.best, self.job.architecture) if (self.best / "model.safetensors").exists() else self.model.eval()
         model = model.to("cpu" if self.accelerator.device.type == "mps" else self.accelerator.device)  # "mps" lacks float64
+        model.padding = None  # training was told of each batch
         exactly = dict.fromkeys(METRICS[2:], lambda number: float(number or math.nan))  # to the last digit
         return Run(model, pd.read_csv(self.path / "metrics.csv", converters=exactly), self.record, self.path)
 

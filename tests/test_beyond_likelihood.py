@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import MASK, PAD, START, ExactPredictor, WrongPredictor, enumerated_nelbo, seeded, within
+from oracle import MASK, PAD, START, ExactPredictor, WrongPredictor, enumerated_nelbo, noisy_pair, seeded, within
 
 import llada_helpers as h
 from beyond import decoding as d
@@ -212,15 +212,18 @@ def test_models_are_asked_about_the_same_masks():
 
 
 def test_costs_by_place_are_exact_for_ar():
-    model = h.Transformer(h.ModelConfig(8, 6, 1, 2, 8, causal=True)).eval()
-    rows = torch.randint(4, 8, (5, 6), generator=seeded(0))
-    assert torch.allclose(lik.cost_by_place(model, rows).sum(dim=1), h.ar_nll(model, rows, START), atol=1e-4)
+    model, rows = noisy_pair(8, 6, 0.5)["AR"], torch.randint(4, 8, (5, 6), generator=seeded(0))
+    costs, third = lik.cost_by_place(model, rows), torch.arange(6).expand(5, -1) == 2
+    assert torch.allclose(costs.sum(dim=1), h.ar_nll(model, rows, START), atol=1e-4)
+    assert torch.allclose(costs[:, 2], h.ar_nll(model, rows, START, counted=third), atol=1e-4)
 
 
 def test_the_area_under_a_straight_line_is_exact():
     counts = lik.mask_counts(128)
     assert counts[0] == 1 and counts[-1] == 128
     assert lik.area_under(counts, np.full((len(counts), 5), 1.7)) == pytest.approx(np.full(5, 1.7))
+    rate = np.array(counts) / 128
+    assert lik.area_under(counts, (1.7 + 0.9 * rate)[:, None]) == pytest.approx([1.7 + 0.45 + 0.45 * rate[0] ** 2])
 
 
 def test_spread_leaves_the_padded_window_out():

@@ -196,6 +196,13 @@ def test_the_record_scores_the_whole_last_tenth(in_folder):
     assert (table["minutes"] > 0).all() and table["device"].str.len().min() > 2
 
 
+def test_the_study_ranks_its_grid(in_folder):
+    table = budget.study(TINY, TEXT)
+    assert len(table) == 24 and (table["best at"].between(0, 1)).all()
+    for _, part in table.groupby("model"):
+        assert part["nats/char"].is_monotonic_increasing and (part["last"] >= part["nats/char"]).all()
+
+
 def test_an_interrupted_record_is_none(in_folder, monkeypatch):
     """A half-trained model would be scored as the whole one."""
 
@@ -206,6 +213,8 @@ def test_an_interrupted_record_is_none(in_folder, monkeypatch):
     for with_study in (False, True):
         with pytest.raises(KeyboardInterrupt, match="goes on"):
             budget.make_record(TINY, TEXT, [0], with_study, 1)
+    with pytest.raises(KeyboardInterrupt, match="goes on"):
+        budget.trained("a", budget.study_jobs(TINY, TOKENIZER.vocab_size, TRAIN)[0][1], quiet=True)
     assert not Path("build").exists()
 
 

@@ -22,13 +22,14 @@ from oracle import (
     enumerated_nelbo,
     fill,
     masks,
+    noisy_pair,
     on_apple,
     seeded,
     within,
 )
 
 import llada_helpers as h
-from beyond import decoding, exact
+from beyond import ablations, decoding, exact
 from beyond.exact import decoder_nll
 from beyond.quality import parts
 
@@ -248,6 +249,50 @@ def test_no_window_that_is_padded_is_scored():
         assert made[0][name]().equals(made[1][name]())
 
 
+def test_what_is_chosen_is_chosen_on_the_validation_text():
+    models, sizes = noisy_pair(9, 16, 0.3), exact.SIZES["smoke"][0]
+    val, test, other = (torch.randint(FIRST, 9, (6, 16), generator=seeded(seed)) for seed in range(3))
+    here, with_test, with_val = (exact.tables(models, v, t, sizes) for v, t in ((val, test), (val, other), (other, test)))
+    for name in here:
+        chosen, table = name in ("exact_choice", "gradient_noise"), here[name]()
+        assert table.equals(with_test[name]()) == chosen and table.equals(with_val[name]()) != chosen, name
+
+
+def test_rows_of_the_table():
+    models, windows = noisy_pair(9, 16, 0.3), torch.randint(FIRST, 9, (6, 16), generator=seeded(0))
+    table = exact.exact_table(models, windows, exact.Sizes(9, 9, 9, (4,), 16), only="^entropy, (4|16) passes").set_index("row")
+    assert [table.loc[f"entropy, {k} passes", "passes"] for k in (4, 16)] == [4, 16]
+    told = nats(models["LLaDA"], windows, 4, "entropy")
+    assert table.loc["entropy, 4 passes", "nats/char"] == pytest.approx(float(told.mean()), rel=1e-5)
+    assert table.loc["AR", "nats/char"] == pytest.approx(float(h.ar_nll(models["AR"], windows, START).mean()) / 16, rel=1e-5)
+    minus = table["nats/char"] - table.loc["NELBO", "nats/char"]
+    assert table["minus NELBO"].tolist() == pytest.approx(minus.tolist(), abs=1e-5)
+
+
+def plainly_apart(entropy, masked, scale):
+    """Position by position: the surest of those that are far enough from all that are taken."""
+    taken = []
+
+    def free(i):
+        return masked[i] and i not in taken and all(abs(i - j) >= scale * entropy[i] for j in taken)
+
+    while left := [*filter(free, range(len(masked)))]:
+        taken.append(min(left, key=lambda i: entropy[i]))
+    return sorted(taken)
+
+
+@pytest.mark.parametrize("scale", [1, 4, 30])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_uncertain_keep_apart(scale, seed):
+    probs = (2 * torch.randn(3, 24, 6, generator=seeded(seed), dtype=torch.float64)).softmax(dim=-1)
+    masked = torch.rand(3, 24, generator=seeded(seed + 99)) < 0.7
+    stay = exact.apart(scale)(None, probs, masked, masked.sum(dim=1))
+    entropy = torch.special.entr(probs).sum(dim=-1).tolist()
+    assert [row.nonzero()[:, 0].tolist() for row in stay] == [
+        plainly_apart(e, m, scale) for e, m in zip(entropy, masked.tolist())
+    ]
+
+
 def test_counts_that_double_and_the_order_from_right_to_left():
     strategy = exact.doubling(exact.right_to_left)
     made = fill(lambda ids: torch.zeros(*ids.shape, 9), masks(1, 8), steps=4, remasking=strategy)
@@ -263,7 +308,21 @@ def test_further_training_for_the_decoder(tmp_path, monkeypatch):
     jobs = exact.decoder_jobs(small, exact.TRAINING["smoke"][0], tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])
     assert [[job.train.seed for job in trials] for trials in jobs.values()] == [[1, 2, 3]] * 2
     control, ours = (trials[0] for trials in jobs.values())
-    assert control.batch_function is h.diffusion_batch and ours.batch_function is exact.decoder_batch and ours.start is not None
+    assert control.batch_function is h.diffusion_batch and ours.batch_function is exact.decoder_batch
+    first = h.train("again", small.jobs(tokenizer.vocab_size, *parts(tokenizer.encode(text))[:2])["LLaDA"], quiet=True).model
+    for job in (control, ours):
+        assert all(torch.equal(a, b) for a, b in zip(job.start.state_dict().values(), first.state_dict().values()))
     blank = h.Transformer(h.ModelConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8))
     line = exact.decoder_measure(h.PRESETS["smoke"], text)(None, h.Run(blank, None, {}, None))
     assert [line[key] for key in ("8 passes", "NELBO")] == pytest.approx([math.log(8), math.log(12)], rel=1e-4)
+
+
+def test_the_recipe_is_judged_by_validation_text_and_the_decoder_by_test_text():
+    text, smoke = "to be, or not to be " * 64, h.PRESETS["smoke"]
+    val, test = (int(0.8 * len(text)), int(0.9 * len(text))), (int(0.9 * len(text)), len(text))
+    turned = [text[:i] + text[i:j][::-1] + text[j:] for i, j in (val, test)]
+    assert [len(part) for part in parts(torch.arange(len(text)))] == [val[0], val[1] - val[0], test[1] - test[0]]
+    run = h.Run(noisy_pair(h.CharTokenizer.from_text(text).vocab_size, 64, 0.3)["LLaDA"], None, {}, None)
+    for measure, of_test in ((ablations.ablation_measure, False), (exact.decoder_measure, True)):
+        here, with_val, with_test = (measure(smoke, t)(None, run)["nats/char"] for t in (text, *turned))
+        assert (here == with_val) == of_test and (here == with_test) != of_test

@@ -100,7 +100,7 @@ def test_committed_suites_are_of_the_code_as_it_is_or_the_page_says_what_made_th
         assert said[2].startswith("text of the last 20%" if "scored on" not in table else table["scored on"][0])
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", [*SUITES, "decoder"])
 def test_every_training_behind_a_committed_table_is_recorded(name):
     """In runs.csv, by row, seed and fingerprint."""
     table, runs = (pd.read_csv(ROOT / "figures" / "tables" / f"{file}.csv", dtype=str) for file in (name, "runs"))

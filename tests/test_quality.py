@@ -63,11 +63,13 @@ def test_only_what_was_written_counts(tokenizer, windows):
     assert measure(noise)["judge nats/char"] > scores["judge nats/char"] + 1
 
 
-def test_a_trial_counts_passes_and_characters(tokenizer, windows):
+def test_a_trial_counts_passes_and_characters(tokenizer, windows, monkeypatch):
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(quality.time, "perf_counter", lambda: next(clock))
     _, template = quality.prompts(windows, H.GROUPS)
     llada = noisy_pair(tokenizer.vocab_size, 32, 0.1)["LLaDA"]
     trial = quality.TextMeasure(tokenizer, TEXT).trial(lambda: quality.write(llada, template, steps=4))
-    assert trial["passes"] == 4 and trial["tokens/s"] > 0
+    assert trial["passes"] == 4 and trial["tokens/s"] == H.GROUPS * (32 - quality.PREFIX) / 2
     assert {"judge nats/char", "judge nats/char ±", "char entropy", "distinct-3", "known words ±"} <= set(trial)
 
 

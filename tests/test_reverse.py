@@ -27,6 +27,7 @@ from oracle import (
     templates,
 )
 
+import bench
 import llada_helpers as h
 from beyond.likelihood import any_order_nll, choose, low_noise_nelbo, masked_nll
 
@@ -686,7 +687,36 @@ def test_infill_may_be_told_what_not_to_write():
     assert h.infill(surest, tokenizer, ["b[_]b"], steps=1, forbidden=(*special, 4)) == ["bbb"]
 
 
+@pytest.mark.parametrize("steps", [8, 4, 1])
+def test_the_loop_that_ours_is_timed_against_writes_the_same(steps):
+    """Else `bench.py` compares nothing."""
+    wrong, template = WrongPredictor(12, longest=12), masks(4, 12)
+    template[:, :4] = torch.randint(4, 12, (4, 4), generator=seeded(0))
+
+    def predict(ids):
+        return wrong(ids).index_fill(-1, torch.tensor([MASK]), -math.inf)
+
+    made = h.reverse_process(predict, template, mask_id=MASK, steps=steps)
+    assert torch.equal(bench.authors_loop(predict, template, steps), made.ids)
+
+
 # --- left to right ---
+
+
+def first_drawn(write, **options):
+    """The first token that a sampler draws 4,000 times from one distribution of eight tokens."""
+    p = torch.tensor([0, 0, 0, 0, 0.15, 0.5, 0.05, 0.3], dtype=torch.float64)
+    predict, options = (lambda ids: p.log().float().expand(*ids.shape, -1)), {"generator": seeded(1), **options}
+    if write == "reverse_process":
+        return fill(predict, masks(4000, 1), steps=1, **options).ids[:, 0]
+    return h.generate_ar(predict, torch.full((4000, 1), 5), 1, start_id=START, **options).ids[:, 1]
+
+
+@pytest.mark.parametrize("write", ["reverse_process", "generate_ar"])
+def test_samplers_hand_on_temperature_and_nucleus(write):
+    kept = torch.tensor([0, 0, 0, 0, 0, 0.5, 0, 0.3], dtype=torch.float64) ** 2
+    drawn = first_drawn(write, temperature=0.5, top_p=0.8)
+    assert ChiSquare.of(torch.bincount(drawn, minlength=8), kept / kept.sum()).fits
 
 
 def test_ar_samples_the_true_distribution():

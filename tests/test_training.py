@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llada_helpers as h
-from beyond import ablations, blocks
+from beyond import ablations, blocks, crossover, exact
 from beyond.ablations import LearnedPositions, TimeConditioned, masked_mean
 from beyond.dialogue import response_tokens
 
@@ -184,11 +184,32 @@ def test_training_learns_and_leaves_its_record(tmp_path, causal):
 
 def test_best_model_is_the_one_returned(tmp_path):
     """With a learning rate that wrecks the model late, the best validation loss is not the last."""
-    run = train(tmp_path)
-    windows = h.windows(VAL_IDS, MODEL.seq_len)
-    spread = torch.linspace(0, len(windows) - 1, 4).long()
-    assert val_loss(run.model, windows[spread]) == pytest.approx(run.summary["best"], abs=1e-6)
-    assert run.summary["best"] == run.metrics.val_loss.min()
+    config = replace(CONFIG, steps=20, evals=5, muon_lr=0.5, adamw_lr=0.3, decay=0.0)
+    run = train(tmp_path, config, STEADY)
+    assert run.summary["best"] == run.metrics.val_loss.min() < run.metrics.val_loss.iloc[-1]
+    rows = job_of(config, STEADY).validation_sequences()
+    assert val_loss(run.model, rows, config=config, model=STEADY) == pytest.approx(run.summary["best"], abs=1e-5)
+
+
+class Fours(torch.nn.Module):
+    """Right where the truth is 4, and nowhere else."""
+
+    def __init__(self):
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids):
+        return torch.nn.functional.one_hot(torch.full_like(ids, 4), 10).float()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_accuracy_is_weighted_as_the_loss(causal):
+    rows = torch.tensor([[4, 5, 6, 7, 8, 9, 4, 5]] * 3)
+    make_batch = h.next_token_batch if causal else h.diffusion_batch
+    _, targets, weight = make_batch(rows, torch.Generator().manual_seed(0), h.real_tokens(rows))
+    expected = float((weight * (targets == 4)).sum() / weight.sum())
+    assert causal or abs(expected - 0.25) > 0.02, "not the share of all tokens"
+    assert job_of(model=replace(STEADY, causal=causal)).validation_accuracy(Fours(), rows) == pytest.approx(expected)
 
 
 def test_complete_run_is_loaded_not_trained(reference, monkeypatch):
@@ -825,19 +846,19 @@ DECIDES = {
         *(h._uniform, h.forward_process, h.stratified_times, h.windows, h.RMSNorm, h._rotate, h.Block, h.Transformer),
         *(h.diffusion_batch, h.next_token_batch, h.real_tokens, h.weighted_nll, h.orthogonalize, h.Muon, h.make_optimizer),
         *(h.learning_rate_factor, h.training_batch, h.micro_batches, h.training_loop, h.train, h.Job.validation_sequences),
-        *(h.Job.validation_nats, h.ar_nll, h.token_nll, h.exact_masks, h.nelbo),
+        *(h.Job.validation_nats, h.ar_nll, h.token_nll, h.exact_masks, h.nelbo, h.stratified_shares),
     ),
     "beyond": (
         *(masked_mean, ablations.masked_mean_over_t, ablations.uniform_times, ablations.independent_times, ablations.bell_times),
         *(ablations.one_time_per_batch, ablations.square_times, ablations.bell, ablations._bell_times, ablations.switched),
         *(ablations.bell_times_weighted, ablations.AdaptiveNorm, TimeConditioned, ablations.PositionEmbedding, LearnedPositions),
-        response_tokens,
+        *(response_tokens, crossover.MaskedInputs, crossover.RandomInputs, exact.decoder_batch),
         *(blocks.block_mask, blocks.BlockDiffusion, blocks.block_masks, blocks.block_batch, blocks.block_nelbo, blocks.BlockJob),
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
-    ("llada_helpers", "2"): "de7f750abaa81c1054b3c469b5282192d2cd5c3448c126606586f2dd35f34813",
-    ("beyond", "2"): "0963b881373168e3a1fa4dbecdf0bcf188bf76214f56809efb535ed5af9e2205",
+    ("llada_helpers", "2"): "3caef89af1cb2f752ce0ab8c5d9da5ea3b9963b464ea5d8aae44f4312f1f0859",
+    ("beyond", "2"): "1358112ecaae00580b017403f6f8c9f640eebda8d2507a156fbeb42dc4420162",
 }
 
 
@@ -1257,6 +1278,26 @@ def test_micro_batches_change_nothing(one_process, tmp_path, accumulation):
     """Rows with unlike numbers of real tokens: the mean is over the whole batch, not one of the micro-batches' means."""
     config = replace(SHARED["ar"].train, accumulation=accumulation)
     same_up_to_rounding(train(tmp_path, config, SHARED["ar"].model, train_ids=PADDED), one_process["ar"])
+
+
+def test_training_tells_the_model_of_padding(tmp_path, monkeypatch):
+    told, forward = [], h.Transformer.forward
+
+    def watched(self, ids, *rest):
+        told.extend([(self.padding, bool((ids == h.PAD_ID).any()))] * self.training)
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(h.Transformer, "forward", watched)
+    train(tmp_path, SHARED["ar"].train, SHARED["ar"].model, train_ids=PADDED)
+    assert (True, True) in told and all(said is not False for said, there in told if there)
+
+
+def test_an_interrupted_model_looks_for_padding_itself(tmp_path, interrupt_at):
+    interrupt_at(1)
+    model = train(tmp_path, model=STEADY, start=trained_like(STEADY)).model.cpu()
+    with torch.no_grad():
+        padded = model(torch.tensor([[4, 5, 6, 0, 0, 0, 0, 0]]))[:, :3]
+        assert torch.allclose(padded, model(torch.tensor([[4, 5, 6]])), atol=1e-4)
 
 
 @pytest.mark.parametrize("accumulation", [3, 8])
