@@ -247,7 +247,7 @@ WHEELS = {"PIL": "pillow", "IPython": "ipython", "pypandoc": "pypandoc_binary"} 
 def imported(*sources: str) -> set[str]:
     """The packages that code imports, by the names of their wheels: neither ours nor Python's own."""
     found = set(re.findall(r"^ *(?:import|from) (\w+)", "\n".join(sources), flags=re.M))
-    ours = {"llada_helpers", "beyond", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    ours = {"llada_helpers", "beyond", "bench", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     return {WHEELS.get(name, name) for name in found - ours - set(sys.stdlib_module_names)}
 
 
