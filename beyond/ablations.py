@@ -1,4 +1,4 @@
-"""The recipe's choices, one study: LLaDA and AR as they are trained, and with one thing changed at a time.
+"""The recipe's choices, one study: LLaDA and AR as they are trained, and with one choice changed at a time.
 
 Three seeds a row, and a third of what the preset trains LLaDA for; AR for as long as its preset trains it, since what it needs
 against learning the text by heart does not show before. The rows of a model that differ in the loss alone see the same windows
@@ -237,7 +237,7 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
 
 
 def ablation_jobs(preset: H.Preset, parts: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
-    """LLaDA for one of so many `parts` of the preset's steps, AR for three: as they are, then with one thing changed a row.
+    """LLaDA for one of so many `parts` of the preset's steps, AR for three: as they are, then with one choice changed a row.
 
     >>> ids = torch.arange(4, 30)
     >>> jobs = ablation_jobs(H.PRESETS["cpu"], 3, 30, ids, ids)

@@ -157,7 +157,6 @@ def late(strategy: Strategy | str, ids: tuple[int, ...]) -> Strategy:
         return first | H.low_confidence(tokens, probs, postponed, missing)
 
     commit.schedule = getattr(strategy, "schedule", H.evenly)
-
     return commit
 
 
@@ -202,6 +201,7 @@ def spaced(distance: int, by: Strategy = H.entropy) -> Strategy:
             gap, chosen = torch.where(new.any(dim=1, keepdim=True), gap.minimum(to_new), gap), chosen | new
         return chosen
 
+    commit.schedule = getattr(by, "schedule", H.evenly)
     return commit
 
 

@@ -264,7 +264,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "ablations": Suite(
-        "LLaDA and AR with one thing changed at a time, three seeds",
+        "LLaDA and AR with one choice changed at a time, three seeds",
         ablations.SIZES,
         lambda preset, size, text, data: (ablations.ablation_jobs(preset, size, *data), None),
         ablations.ablation_measure,

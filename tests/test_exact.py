@@ -159,9 +159,9 @@ class Backwards:
 def test_a_schedule_that_is_a_method_is_kept():
     _, order = exact.measured(WRONG, EVERY[:3], Backwards(), 3)
     assert order.tolist() == [[1, 1, 0]] * 3
-    late = decoding.late(Backwards(), (END,))
-    made = fill(WRONG, masks(2), steps=3, remasking=late, forbidden=(*SPECIAL, MASK), generator=seeded(0))
-    assert made.order.tolist() == [[1, 1, 0]] * 2
+    for around in (decoding.late(Backwards(), (END,)), decoding.spaced(1, by=Backwards())):
+        made = fill(WRONG, masks(2), steps=3, remasking=around, forbidden=(*SPECIAL, MASK), generator=seeded(0))
+        assert made.order.tolist() == [[1, 1, 0]] * 2
 
 
 LOOKING = {
