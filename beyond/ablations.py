@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import llada_helpers as H
 from beyond import quality
-from beyond.budget import shortened, window_nats
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SEEDS = 3
@@ -41,11 +40,9 @@ def square_times(sequences: Tensor, generator: torch.Generator, learned: Tensor)
     """Eq. 3 with t = u^2, more often small than ours, and the weight times dt/du = 2 u: the same expectation.
 
     >>> ids, learned = torch.full((4, 500), 5), torch.ones(4, 500, dtype=torch.bool)
-    >>> inputs, _, weight = square_times(ids, torch.Generator().manual_seed(0), learned)
+    >>> inputs, _, _ = square_times(ids, torch.Generator().manual_seed(0), learned)
     >>> (inputs == H.MASK_ID).sum(dim=1).tolist()
     [384, 193, 78, 6]
-    >>> [round(2 / (500 * float(row.max())), 2) for row in weight]  # u, one in each quarter
-    [0.88, 0.63, 0.38, 0.13]
     """
     u = H.stratified_times(len(sequences), generator)
     inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=u**2)
@@ -91,15 +88,15 @@ def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor) 
     return inputs, targets, mask * (len(mask) / mask.sum().clamp(min=1))
 
 
-def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """The exercise's sketch: each row's mean over its masked tokens, divided by t.
+def exercise_loss(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """The exercise's sketch: one t for the batch, and the mean over all its masked tokens divided by t.
 
-    A window then weighs 1 / t whenever anything is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
+    A batch of n tokens then weighs 1 / t whenever one is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
     """
-    t = H.stratified_times(len(sequences), generator)
+    t = float(1 - torch.rand(1, generator=generator))
     inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
-    return inputs, targets, mask / (t[:, None] * mask.sum(dim=1, keepdim=True).clamp(min=1))
+    return inputs, targets, mask * (len(mask) / (t * mask.sum().clamp(min=1)))
 
 
 def switched(first: Callable, then: Callable, step: int) -> Callable[[Tensor, torch.Generator, Tensor], Batch]:
@@ -212,7 +209,7 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "LLaDA, t uniform": {"make_batch": uniform_times},
         "LLaDA, one t per batch (exercise)": {"make_batch": one_time_per_batch},
         "LLaDA, mean over masked (MDLM tutorial)": {"make_batch": masked_mean},
-        "LLaDA, mean over masked / t (exercise)": {"make_batch": masked_mean_over_t},
+        "LLaDA, mean over masked / t, one t (exercise)": {"make_batch": exercise_loss},
         "LLaDA, mean over masked, Eq. 3 in the decay": {"make_batch": switched(masked_mean, late, switch)},
         "LLaDA, t from a bell, weighted": {"make_batch": bell_times_weighted},
         "LLaDA, t from a bell": {"make_batch": bell_times},
@@ -224,7 +221,6 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "LLaDA, learned positions": {"architecture": LearnedPositions},
         "LLaDA, half the windows, twice the steps": {"batch_size": preset.llada.batch_size // 2, "steps": 2 * steps},
         "LLaDA, independent t": {"make_batch": independent_times},
-        "LLaDA, t = u^2": {"make_batch": square_times},
         "LLaDA, dropout 0.1" if not preset.dropout else "LLaDA, no dropout": {"dropout": 0.0 if preset.dropout else 0.1},
         "LLaDA, deeper, narrower": {"n_layer": deeper.n_layer, "n_embd": deeper.n_embd},
         "LLaDA, shallower, wider": {"n_layer": wider.n_layer, "n_embd": wider.n_embd},
@@ -234,6 +230,15 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "AR, dropout 0.1 more": {"dropout": preset.dropout + 0.1},
         "AR, LLaDA's number of steps": {"steps": preset.llada.steps, "evals": preset.llada.evals},
     }
+
+
+def shortened(config: H.TrainConfig, parts: int) -> H.TrainConfig:
+    """The same training with one of so many parts of its steps, and of its validations.
+
+    >>> shortened(H.TrainConfig(steps=3150, batch_size=32, evals=21), 3).steps
+    1050
+    """
+    return replace(config, steps=max(1, round(config.steps / parts)), evals=max(1, round(config.evals / parts)))
 
 
 def ablation_jobs(preset: H.Preset, parts: int, vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
@@ -298,7 +303,7 @@ def gradient_noise(model: H.Transformer, windows: Tensor, batches: int, size: in
 
 
 def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
-    """What `run_jobs` adds: nats per character of the whole validation text (in `smoke` its beginning), four masks each.
+    """What `run_jobs` adds: nats per character of the validation text, four masks each.
 
     >>> text = "to be, or not to be " * 64
     >>> tokenizer = H.CharTokenizer.from_text(text)
@@ -307,10 +312,10 @@ def ablation_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], di
     >>> round(line["nats/char"], 2)  # blank: ln 12
     2.48
     """
-    val_ids = quality.parts(H.CharTokenizer.from_text(text).encode(text))[1][: 8_192 if preset.name == "smoke" else None]
+    val_ids = quality.scored(preset, quality.parts(H.CharTokenizer.from_text(text).encode(text))[1])
 
     def measure(job: H.Job, run: H.Run) -> dict:
-        nats, interval = H.per_character(*window_nats(run.model, val_ids, samples=4))
+        nats, interval = H.per_character(*quality.window_nats(run.model, val_ids, samples=4))
         return {"scored on": "validation text", "nats/char": nats, "95% ±": interval}
 
     return measure

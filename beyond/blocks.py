@@ -318,7 +318,7 @@ def settings(block_length: int) -> dict[int, str]:
 
 
 def block_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]:
-    """What `run_jobs` adds to a row: L' (1 for AR, the window for LLaDA), nats per character of all validation text, scores.
+    """What `run_jobs` adds to a row: L' (1 for AR, the window for LLaDA), nats per character of the validation text, scores.
 
     A column such as "judge nats/char (L'/2)" is of texts that continue the prompts of `quality.prompts` with so many passes for
     each block (see `settings`); "passes" are those of a whole text.
@@ -336,7 +336,7 @@ def block_measure(preset: H.Preset, text: str) -> Callable[[H.Job, H.Run], dict]
     scores = quality.TextMeasure(tokenizer, text[: len(train_ids)])
 
     def measure(job: H.Job, run: H.Run) -> dict:
-        windows = H.windows(val_ids, job.model.seq_len)
+        windows = H.windows(quality.scored(preset, val_ids), job.model.seq_len)
         mean, interval = H.per_character(job.validation_nats(run.model, windows), H.real_tokens(windows).sum(dim=1))
         length = 1 if job.model.causal else getattr(job.architecture, "block_length", job.model.seq_len)
         line = {"scored on": "validation text", "block length": length, "nats/char": mean, "95% ±": interval}

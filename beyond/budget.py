@@ -19,6 +19,7 @@ from torch import Tensor
 
 import llada_helpers as H
 from beyond import quality
+from beyond.ablations import bell_times, shortened
 from beyond.vocabulary import multiplications
 
 
@@ -29,15 +30,16 @@ class Budget(NamedTuple):
     preset: str
     parts: int = 1
     seeds: int = 3
+    bell: bool = False  # times from a bell
 
 
-_SMOKE = [Budget(model, "smoke", parts, 2) for model in ("LLaDA", "AR") for parts in (2, 1)]
+_SMOKE = [Budget(model, "smoke", parts, 2) for model in ("LLaDA", "AR") for parts in (8, 4)]
 _LONG = [Budget(model, "cpu_long", seeds=1) for model in ("LLaDA", "AR")]
 
 
 def _ladder(preset: str, seeds: int) -> list[Budget]:
     ar = [Budget("AR", preset, parts, seeds) for parts in (27, 9, 3, 1, 0)]
-    return [Budget("LLaDA", preset, parts, seeds) for parts in (9, 3, 1)] + ar
+    return [Budget("LLaDA", preset, parts, seeds) for parts in (9, 3, 1)] + ar + [Budget("LLaDA", preset, 1, seeds, bell=True)]
 
 
 SIZES = {"smoke": (_SMOKE, _SMOKE), "cpu": (_SMOKE, _ladder("cpu", 3) + _LONG), "gpu": (_SMOKE, _ladder("gpu", 1))}
@@ -75,15 +77,6 @@ def trained(name: str, job: H.Job, **options) -> H.Run:
     return run
 
 
-def shortened(config: H.TrainConfig, parts: int) -> H.TrainConfig:
-    """The same training with one of so many parts of its steps, and of its validations.
-
-    >>> shortened(H.TrainConfig(steps=3150, batch_size=32, evals=21), 3).steps
-    1050
-    """
-    return replace(config, steps=max(1, round(config.steps / parts)), evals=max(1, round(config.evals / parts)))
-
-
 def budget_jobs(budgets: list[Budget], vocab_size: int, train_ids: Tensor, val_ids: Tensor) -> dict[str, list[H.Job]]:
     """A row for each model and budget: the preset's training with fewer steps, each with a decay of its own.
 
@@ -93,24 +86,15 @@ def budget_jobs(budgets: list[Budget], vocab_size: int, train_ids: Tensor, val_i
     {'LLaDA, cpu / 9': (350, 3), 'AR, cpu': (1060, 3), 'AR, cpu, as many steps as LLaDA': (3150, 3)}
     """
     jobs = {}
-    for name, preset, parts, seeds in budgets:
+    for name, preset, parts, seeds, bell in budgets:
         known = H.PRESETS[preset]
-        job = known.jobs(vocab_size, train_ids, val_ids)[name]
+        job = replace(known.jobs(vocab_size, train_ids, val_ids)[name], make_batch=bell_times if bell else None)
         longer = {"steps": known.llada.steps, "evals": known.llada.evals}
         config = shortened(job.train, parts) if parts else replace(job.train, **longer)
-        row = f"{name}, {preset}" + (f" / {parts}" if parts > 1 else ", as many steps as LLaDA" if not parts else "")
+        kind = f" / {parts}" if parts > 1 else ", as many steps as LLaDA" if not parts else ", t from a bell" if bell else ""
+        row = f"{name}, {preset}{kind}"
         jobs[row] = [replace(job, train=replace(config, seed=config.seed + seed)) for seed in range(seeds)]
     return jobs
-
-
-def window_nats(model: H.Transformer, ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Nats and characters of each window of the model's length in a text ids [n], [N] each: as Part 8 measures them."""
-    windows = H.windows(ids, model.config.seq_len)
-    real = windows != H.PAD_ID
-    if model.config.causal:
-        return H.ar_nll(model, windows, H.START_ID).cpu(), real.sum(dim=1)
-    options = {"n_samples": samples, "maskable": real, "generator": torch.Generator().manual_seed(0)}
-    return H.nelbo(model, windows, H.MASK_ID, **options).cpu(), real.sum(dim=1)
 
 
 def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Callable[[H.Job, H.Run], dict]:
@@ -132,7 +116,7 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
         return quality.write(model, some.to(model.head.weight.device), **options).ids
 
     def measure(job: H.Job, run: H.Run) -> dict:
-        nats, interval = H.per_character(*window_nats(run.model, test_ids, preset.nelbo_samples))
+        nats, interval = H.per_character(*quality.window_nats(run.model, test_ids, preset.nelbo_samples))
         made, sample = (continued(run.model, x[:, : run.model.config.seq_len]) for x in (template, opening))
         score = {key: value for key, value in scores(made).items() if key.startswith(("judge", "known", "char"))}
         counted = {"scored on": "test text", "model": "AR" if job.model.causal else "LLaDA", "TFLOP": training_flop(job) / 1e12}
@@ -144,14 +128,14 @@ def budget_measure(preset: H.Preset, text: str, prompt: str = "ROMEO:") -> Calla
 def compute_ratio(table: pd.DataFrame) -> tuple[float, float]:
     """How many times AR's compute LLaDA needs for the same nats per character, at the least and at the most of the numbers that
     both curves pass; each curve is straight between its budgets in log compute. (NaN, NaN) where the curves have none in common.
-    Rows of the larger `cpu_long` models are no part of the curves.
+    Rows of the larger `cpu_long` models and of another loss are no part of the curves.
 
     >>> curves = {"LLaDA": ((1, 2.5), (10, 2.0), (100, 1.5)), "AR": ((0.1, 2.5), (1, 2.0), (10, 1.5))}
     >>> rows = [{"row": name, "model": name, "TFLOP": c, "nats/char": n} for name, curve in curves.items() for c, n in curve]
     >>> [round(ratio, 6) for ratio in compute_ratio(pd.DataFrame(rows))]
     [10.0, 10.0]
     """
-    curves, table = {}, table[~table["row"].str.contains("long")]
+    curves, table = {}, table[~table["row"].str.contains("long|bell")]
     for name, part in table.groupby("model"):
         part = part.sort_values("nats/char")
         curves[name] = part["nats/char"].to_numpy(), np.log(part["TFLOP"].to_numpy())
@@ -225,7 +209,7 @@ def record(preset: H.Preset, text: str, settings: dict[str, dict], seeds: Sequen
         for seed in seeds:
             made = record_job(job, settings.get(name, {}), seed=seed)
             run = trained(f"{preset.name}-record-{name.lower()}", made, compiled=preset.compiled)
-            scores = window_nats(run.model, test_ids, preset.nelbo_samples)
+            scores = quality.window_nats(run.model, test_ids, preset.nelbo_samples)
             nats, interval = H.per_character(*scores)
             row = {"model": name, "seed": seed, "parameters": run.summary["parameters"], "width": made.model.n_embd}
             row |= {"dropout": made.model.dropout, "weight decay": made.train.weight_decay, "steps": made.train.steps}

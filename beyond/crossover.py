@@ -80,7 +80,7 @@ PLAIN, REGULARISED = Kind("LLaDA"), Kind("LLaDA", 0.1, 0.1)
 AR = {Kind("AR"): (10, 25, 60), Kind("AR", 0.2, 0.1): (10, 25, 60), Kind("AR", 0.2, 0.3): (10, 25, 60)}
 AR |= {Kind("AR", 0.0, 0.1, inputs): (10, 25, 60, 150) for inputs in ("masked", "random")}
 _FEW = dict.fromkeys((PLAIN, REGULARISED, Kind("AR"), Kind("AR", 0.0, 0.1, "masked")), (10, 40))
-SMALL = Crossover(64, 2, 2, 32, 16, {400: _FEW, 1_600: _FEW}, seeds=2, windows=32)
+SMALL = Crossover(64, 2, 2, 32, 16, {400: _FEW, 1_600: _FEW}, seeds=2, windows=16)
 _CPU = Crossover(64, 3, 2, 64, 16, {
     5_000: {PLAIN: (60, 125), REGULARISED: (60, 125, 500), **AR},
     10_000: {REGULARISED: (125, 500, 1_000), **AR},

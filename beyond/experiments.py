@@ -250,14 +250,10 @@ def exact_tables(results: H.Results, preset: H.Preset, text: str, full: bool = F
 
 
 class Suite(NamedTuple):
-    """A table that the command line can make.
-
-    >>> SUITES["ablations"].sizes["smoke"]  # of the short form and of the full one
-    (40, 20)
-    """
+    """A table that the command line can make."""
 
     about: str
-    sizes: dict[str, tuple]  # by preset
+    sizes: dict[str, tuple]  # by preset: of the short form, and of the full one
     jobs: Callable  # (preset, size, text, (vocab_size, train_ids, val_ids)) -> (Jobs, lengths by row or None)
     measure: Callable[[H.Preset, str], Measure] | None = None  # as in `run_jobs`
 

@@ -30,6 +30,21 @@ def parts(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return train_ids, *H.split(rest, 0.5)
 
 
+def scored(preset: H.Preset, ids: Tensor) -> Tensor:
+    """What of a text ids [n] a preset scores its suites' models on: all of it, in `smoke` the beginning."""
+    return ids[:8_192] if preset.name == "smoke" else ids
+
+
+def window_nats(model: H.Transformer, ids: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Nats and characters of each window of the model's length in a text ids [n], [N] each: as Part 8 measures them."""
+    windows = H.windows(ids, model.config.seq_len)
+    real = windows != H.PAD_ID
+    if model.config.causal:
+        return H.ar_nll(model, windows, H.START_ID).cpu(), real.sum(dim=1)
+    options = {"n_samples": samples, "maskable": real, "generator": torch.Generator().manual_seed(0)}
+    return H.nelbo(model, windows, H.MASK_ID, **options).cpu(), real.sum(dim=1)
+
+
 def prompts(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`count` real windows [count, L] from all over a text, and templates that keep their first PREFIX characters.
 

@@ -15,7 +15,7 @@ from beyond.ablations import LearnedPositions, TimeConditioned
 
 UNIFORM = (ablations.uniform_times, ablations.independent_times, ablations.one_time_per_batch)
 BOUNDS = (h.diffusion_batch, *UNIFORM, ablations.square_times, ablations.bell_times_weighted)
-OTHERS = (ablations.masked_mean, ablations.masked_mean_over_t, ablations.bell_times)
+OTHERS = (ablations.masked_mean, ablations.exercise_loss, ablations.bell_times)
 VARIANTS = {f.__name__: f for f in (*BOUNDS, *OTHERS)}
 EQUATION_3 = [f.__name__ for f in BOUNDS]
 EXACT = ExactPredictor(length=3, symbols=3)
@@ -115,20 +115,26 @@ def test_masked_mean_is_the_mean_over_the_masked_tokens_of_the_batch(data, seed)
 
 
 @given(data=padded_rows(), seed=st.integers(0, 10**6))
-def test_masked_mean_over_t_is_each_rows_mean_over_t(data, seed):
+def test_the_exercises_loss_is_the_batchs_mean_over_its_one_t(data, seed):
+    """Its pseudocode: forward process, cross-entropy over logits[mask], divided by t."""
     rows, learned = data
-    inputs, _, weight = ablations.masked_mean_over_t(rows, seeded(seed), learned)
-    t, masked = h.stratified_times(len(rows), seeded(seed)), (inputs == MASK).sum(dim=1)
-    assert torch.allclose(weight.sum(dim=1), (masked > 0) / t, rtol=1e-4)
-    assert all(row[row > 0].unique().numel() <= 1 for row in weight)
+    inputs, targets, weight = ablations.exercise_loss(rows, seeded(seed), learned)
+    generator = seeded(seed)
+    t = float(1 - torch.rand(1, generator=generator))
+    masked, mask = h.forward_process(rows, t, MASK, maskable=learned, generator=generator)
+    assert torch.equal(inputs, masked)
+    if mask.any():
+        sketch = torch.nn.functional.cross_entropy(WRONG(masked)[mask], rows[mask]) / t
+        assert float(h.weighted_nll(WRONG, inputs, targets, weight)) == pytest.approx(float(sketch), rel=1e-4)
+    assert mask.any() or not weight.any()
 
 
-def test_masked_mean_over_t_weighs_a_row_by_its_harmonic_number():
+def test_the_exercises_loss_weighs_a_batch_by_its_harmonic_number():
     """The integral over t of (1 - (1-t)^n) / t is 1 + 1/2 + ... + 1/n: more than 1, yet finite (its square is not)."""
-    for n in (1, 4, 20):
-        rows = torch.full((200_000, n), 4)
-        _, _, weight = ablations.masked_mean_over_t(rows, seeded(0), rows > 0)
-        assert float(weight.sum(dim=1).mean()) == pytest.approx(sum(1 / k for k in range(1, n + 1)), abs=0.1)
+    for n in (1, 20):
+        rows = torch.full((1, n), 4)
+        weights = [float(ablations.exercise_loss(rows, seeded(seed), rows > 0)[2].sum()) for seed in range(2_000)]
+        assert sum(weights) / len(weights) == pytest.approx(sum(1 / k for k in range(1, n + 1)), abs=0.5)
 
 
 # --- architectures ---

@@ -101,8 +101,8 @@ def test_from_the_command_line(in_folder, monkeypatch, capsys):
     monkeypatch.setenv("LLADA_DATA", "text.txt")
     main(["budget", "--preset", "smoke"])
     table = pd.read_csv("build/smoke/figures/tables/budget.csv")
-    assert table["row"].tolist() == ["LLaDA, smoke / 2", "LLaDA, smoke", "AR, smoke / 2", "AR, smoke"]
-    assert table["TFLOP"].notna().all() and "AR, smoke" in capsys.readouterr().out
+    assert table["row"].tolist() == ["LLaDA, smoke / 8", "LLaDA, smoke / 4", "AR, smoke / 8", "AR, smoke / 4"]
+    assert table["TFLOP"].notna().all() and "AR, smoke / 4" in capsys.readouterr().out
 
 
 def test_written_texts_keep_their_prompts_and_have_no_special_tokens():
@@ -246,7 +246,7 @@ def test_operations_by_length_and_a_window_as_part_8_measures_it():
     config = h.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8)
     assert budget.forward_flop(config, 6, 6) == 6 * budget.forward_flop(config, 1, 6) == 2 * 6 * multiplications(config)
     model = h.Transformer(h.ModelConfig(9, 4, n_layer=1, n_head=1, n_embd=8, causal=True))
-    nats, characters = budget.window_nats(model, torch.arange(4, 9), 1)
+    nats, characters = quality.window_nats(model, torch.arange(4, 9), 1)
     assert nats.tolist() == pytest.approx([4 * math.log(9), math.log(9)]) and characters.tolist() == [4, 1]
 
 

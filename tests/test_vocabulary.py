@@ -105,7 +105,7 @@ def test_every_vocabulary_has_the_same_text(vocabularies):
     assert list(jobs) == list(lengths) == [f"{model}, {name}" for model in ("LLaDA", "AR") for name in decoders]
     for row, trials in jobs.items():
         decode = decoders[row.split(", ", 1)[1]]
-        assert [job.train.seed for job in trials] == [0, 1]
+        assert [job.train.seed for job in trials] == [0, 1, 2]
         each = lengths[row]
         for job in trials:
             assert decode(job.train_ids) == TEXT[:CUT] and decode(job.val_ids) == TEXT[CUT : CUT + HELD]
@@ -165,7 +165,7 @@ def test_vocabularies_of_every_preset_can_be_trained(preset, monkeypatch):
     for config in vocabulary.SIZES[preset.name]:
         jobs, _ = vocabulary_jobs(preset, config, TEXT[:30_000])
         sizes = [(job.train.steps, job.train.batch_size, job.train.evals) for trials in jobs.values() for job in trials]
-        assert len(jobs) == 6 and len(sizes) == 12 and min(map(min, sizes)) >= 1
+        assert len(jobs) == 6 and len(sizes) == 18 and min(map(min, sizes)) >= 1
         assert all(steps >= evals for steps, _, evals in sizes)
 
 
@@ -226,4 +226,4 @@ def test_vocabulary_from_the_command_line(tmp_path, monkeypatch, capsys, only):
     assert all(torch.equal(lengths[row], each) for row, each in options.pop("lengths").items())
     assert options == {"compiled": False, "only": only, "done": False, "measure": None}
     assert {row: suite_mark(trials) for row, trials in jobs.items()} == {r: suite_mark(t) for r, t in expected.items()}
-    assert "LLaDA, 512 merges" in capsys.readouterr().out
+    assert "LLaDA, 1,024 merges" in capsys.readouterr().out
