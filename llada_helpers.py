@@ -914,7 +914,7 @@ def margin(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tens
 
 
 def random_order(generator: torch.Generator | None) -> Strategy:
-    """The strategy that commits uniformly chosen positions (Alg. 4)."""
+    """The strategy that commits uniformly chosen positions (Alg. 4 with fixed counts)."""
     return lambda tokens, probs, masked, count: highest(_uniform(masked.shape, masked, generator, torch.float64), masked, count)
 
 
@@ -1056,7 +1056,7 @@ def stratified_shares(n_samples: int, like: Tensor, generator: torch.Generator |
 @_inference
 def nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
           generator: torch.Generator | None = None) -> Tensor:
-    """Bound on -log p of sequences [B, L], [B] nats: for each stratum l, mask exactly l of n, n/l times their cost (Eqs. 4, 6).
+    """Bound on -log p of sequences [B, L], [B] nats: for each stratum l, mask exactly l of n, n/l times their cost (Eqs. 4, 14).
 
     An unbiased estimate of an upper bound. Mask k of K = `n_samples` hides exactly l of a row's n `maskable` tokens, BoolTensor
     [B, L], default all, with l / n uniform in [k / K, (k + 1) / K). ValueError: n_samples < 1, or shapes that do not fit."""

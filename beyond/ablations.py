@@ -59,7 +59,7 @@ def _bell_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 def bell_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """Times from a bell around the middle and Eq. 3's weight 1/t, the bell's density left out: not a bound (arXiv:2605.13026)."""
+    """Times from a bell around the middle, weighted 1/t alone: not a bound (after Hong et al. 2026, arXiv:2605.13026)."""
     return H.diffusion_batch(sequences, generator, learned, t=_bell_times(len(sequences), generator))
 
 

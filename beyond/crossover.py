@@ -22,7 +22,7 @@ NOISE = 0.15  # of the inputs
 
 
 class MaskedInputs(H.Transformer):
-    """Transformer that finds 15% of its inputs masked while it is trained: what Gao et al. (arXiv:2510.04071) give AR."""
+    """Transformer that finds 15% of its inputs masked in training (Chen et al., arXiv:2606.16246; Gao et al. mask more)."""
 
     def noise(self, ids: Tensor) -> Tensor:
         return torch.full_like(ids, H.MASK_ID)

@@ -163,8 +163,8 @@ def late(strategy: Strategy | str, ids: tuple[int, ...]) -> Strategy:
 def bit_reversed(tokens: Tensor, probs: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     """Strategy: commit positions in van der Corput's order, halfway between those before; the model is not asked.
 
-    A position's rank is its number with the bits reversed (van der Corput 1935), as many bits as the last one needs. At any
-    moment the gaps between what is filled differ at most by a factor of two.
+    A position's rank is its number with the bits reversed (van der Corput 1935), as many bits as the last one needs; gaps between
+    what is filled differ at most by a factor of two. For images, in two dimensions: Besnier et al. 2025, arXiv:2503.17076.
 
     >>> masked, probs = torch.ones(1, 8, dtype=torch.bool), torch.full((1, 8, 2), 0.5)
     >>> [bit_reversed(masked.long(), probs, masked, torch.tensor([n]))[0].long().tolist() for n in (1, 2, 3)]

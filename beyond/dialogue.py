@@ -204,8 +204,8 @@ def respond(model, rows: Tensor, given: int, *, w: float = 0.0, forbidden=(H.PAD
 def sample_answers(untuned: dict, tuned: dict, rows: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Answers to the prompts of `rows`: LongTensor[N, answer_len] by decoder, one longer before tuning.
 
-    Low-confidence remasking is surest of [END] and cuts answers short; the paper's two ways out (its appendix B.4) are to commit
-    [END] last ("late"), or to decode in blocks from the left.
+    Low-confidence remasking is surest of [END] and cuts answers short; the paper's two ways out (section 3.2, appendix B.4) are
+    to commit [END] last ("late"), or to decode in blocks from the left.
     """
     start, no_end = layout.prompt_len + 1, (H.PAD_ID, H.START_ID, H.END_ID)
     llada = functools.partial(respond, tuned["LLaDA"], rows, start)

@@ -27,7 +27,7 @@ def masked_nll(model: MaskPredictor, sequences: Tensor, mask: Tensor, mask_id: i
 @H._inference
 def low_noise_nelbo(model: MaskPredictor, sequences: Tensor, mask_id: int, *, n_samples: int, maskable: Tensor | None = None,
                     common_masks: bool = False, generator: torch.Generator | None = None) -> Tensor:
-    """What `llada_helpers.nelbo` estimates, FloatTensor[B], nats (Eqs. 4 and 6), with less noise at the same K = `n_samples`.
+    """What `llada_helpers.nelbo` estimates, FloatTensor[B], nats (Eqs. 4 and 14), with less noise at the same K = `n_samples`.
 
     As there, mask k hides exactly l of a row's n maskable tokens and weighs their cross-entropies by n / l, where l / n is s,
     uniform in [k / K, (k + 1) / K), which the rows share in a random order. Two things more lower the noise and leave the
@@ -222,7 +222,7 @@ def average(row: str, values: Tensor | np.ndarray) -> dict[str, str | float]:
 def cost_by_place(model: MaskPredictor, windows: Tensor, n_masks: int = 8, seed: int = 0) -> Tensor:
     """Nats of each character of windows [N, L], FloatTensor[N, L]: exact for a causal model, else estimates of the bound's terms.
 
-    The bound is a sum over positions, each with the weight L / l of Eq. 6: a row's mean is its NELBO per character.
+    The bound is a sum over positions, each with the weight L / l of Eq. 14: a row's mean is its NELBO per character.
 
     >>> blank = lambda ids: torch.zeros(*ids.shape, 8)  # all 8 tokens are equally likely
     >>> (cost_by_place(blank, torch.full((500, 4), 5)).mean(dim=0) / np.log(8)).round(decimals=1).tolist()

@@ -57,7 +57,7 @@ def vocabulary_jobs(preset: H.Preset, config: H.TrainConfig, text: str) -> tuple
     """LLaDA and AR on characters and on byte-pair vocabularies of MERGES merges: equal compute, and equal characters in sight.
 
     A window has as many characters on average, a step as many tokens, and there are as many steps as the same number of
-    multiplications allows, a larger vocabulary's larger head included. Three seeds each; all are judged by the same text, the first
+    multiplications allows, a larger vocabulary's larger head included. Three seeds each, judged by the same text, the first
     HELD_OUT characters of the validation text, in nats per *character*.
 
     Returns:
