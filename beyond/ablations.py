@@ -37,13 +37,7 @@ def one_time_per_batch(sequences: Tensor, generator: torch.Generator, learned: T
 
 
 def square_times(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """Eq. 3 with t = u^2, more often small than ours, and the weight times dt/du = 2 u: the same expectation.
-
-    >>> ids, learned = torch.full((4, 500), 5), torch.ones(4, 500, dtype=torch.bool)
-    >>> inputs, _, _ = square_times(ids, torch.Generator().manual_seed(0), learned)
-    >>> (inputs == H.MASK_ID).sum(dim=1).tolist()
-    [384, 193, 78, 6]
-    """
+    """Eq. 3 with t = u^2, more often small than ours, and the weight times dt/du = 2 u: the same expectation."""
     u = H.stratified_times(len(sequences), generator)
     inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=u**2)
     return inputs, targets, weight * (2 * u)[:, None]
@@ -75,13 +69,7 @@ def bell_times_weighted(sequences: Tensor, generator: torch.Generator, learned: 
 
 
 def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """The MDLM tutorial's loss: the mean cross-entropy over all masked tokens of the batch, whatever t. Not a bound.
-
-    >>> ids, learned = torch.full((4, 50), 5), torch.ones(4, 50, dtype=torch.bool)
-    >>> _, _, weight = masked_mean(ids, torch.Generator().manual_seed(0), learned)
-    >>> len(weight[weight > 0].unique()), round(float(weight.sum()), 3)  # the same for all; a mean over rows divides by 4
-    (1, 4.0)
-    """
+    """The MDLM tutorial's loss: the mean cross-entropy over all masked tokens of the batch, whatever t. Not a bound."""
     t = 1 - torch.rand(len(sequences), generator=generator)
     inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
@@ -97,6 +85,14 @@ def exercise_loss(sequences: Tensor, generator: torch.Generator, learned: Tensor
     inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
     return inputs, targets, mask * (len(mask) / (t * mask.sum().clamp(min=1)))
+
+
+def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
+    """The exercise's formula window by window, each with a t of its own: its mean over its masked tokens divided by t."""
+    t = H.stratified_times(len(sequences), generator)
+    inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
+    mask = (weight > 0).float()
+    return inputs, targets, mask / (t[:, None] * mask.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 def switched(first: Callable, then: Callable, step: int) -> Callable[[Tensor, torch.Generator, Tensor], Batch]:
@@ -210,6 +206,7 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "LLaDA, one t per batch (exercise)": {"make_batch": one_time_per_batch},
         "LLaDA, mean over masked (MDLM tutorial)": {"make_batch": masked_mean},
         "LLaDA, mean over masked / t, one t (exercise)": {"make_batch": exercise_loss},
+        "LLaDA, mean over masked / t, window by window": {"make_batch": masked_mean_over_t},
         "LLaDA, mean over masked, Eq. 3 in the decay": {"make_batch": switched(masked_mean, late, switch)},
         "LLaDA, t from a bell, weighted": {"make_batch": bell_times_weighted},
         "LLaDA, t from a bell": {"make_batch": bell_times},

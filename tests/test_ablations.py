@@ -15,7 +15,7 @@ from beyond.ablations import LearnedPositions, TimeConditioned
 
 UNIFORM = (ablations.uniform_times, ablations.independent_times, ablations.one_time_per_batch)
 BOUNDS = (h.diffusion_batch, *UNIFORM, ablations.square_times, ablations.bell_times_weighted)
-OTHERS = (ablations.masked_mean, ablations.exercise_loss, ablations.bell_times)
+OTHERS = (ablations.masked_mean, ablations.masked_mean_over_t, ablations.exercise_loss, ablations.bell_times)
 VARIANTS = {f.__name__: f for f in (*BOUNDS, *OTHERS)}
 EQUATION_3 = [f.__name__ for f in BOUNDS]
 EXACT = ExactPredictor(length=3, symbols=3)
@@ -112,6 +112,15 @@ def test_masked_mean_is_the_mean_over_the_masked_tokens_of_the_batch(data, seed)
     if mask.any():
         nll = -WRONG(inputs).log_softmax(-1).gather(2, targets[..., None])[..., 0]
         assert float(h.weighted_nll(WRONG, inputs, targets, weight)) == pytest.approx(float(nll[mask].mean()), rel=1e-4)
+
+
+@given(data=padded_rows(), seed=st.integers(0, 10**6))
+def test_masked_mean_over_t_is_each_rows_mean_over_t(data, seed):
+    rows, learned = data
+    inputs, _, weight = ablations.masked_mean_over_t(rows, seeded(seed), learned)
+    t, masked = h.stratified_times(len(rows), seeded(seed)), (inputs == MASK).sum(dim=1)
+    assert torch.allclose(weight.sum(dim=1), (masked > 0) / t, rtol=1e-4)
+    assert all(row[row > 0].unique().numel() <= 1 for row in weight)
 
 
 @given(data=padded_rows(), seed=st.integers(0, 10**6))

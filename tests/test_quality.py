@@ -80,3 +80,9 @@ def test_ar_refuses_masks_that_are_not_one_run(tokenizer, places):
         template[place] = H.MASK_ID
     with pytest.raises(ValueError, match="pass"):
         quality.write(noisy_pair(tokenizer.vocab_size, 32, 0.1)["AR"], template)
+
+
+def test_smoke_scores_the_beginning_and_other_presets_all():
+    ids = torch.arange(9_000)
+    assert torch.equal(quality.scored(H.PRESETS["smoke"], ids), ids[:8_192])
+    assert all(quality.scored(H.PRESETS[name], ids) is ids for name in ("cpu", "cpu_long", "gpu"))

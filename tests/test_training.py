@@ -849,7 +849,14 @@ DECIDES = {
         *(h.Job.validation_nats, h.ar_nll, h.token_nll, h.exact_masks, h.nelbo, h.stratified_shares),
     ),
     "beyond": (
-        *(masked_mean, ablations.exercise_loss, ablations.uniform_times, ablations.independent_times, ablations.bell_times),
+        *(
+            masked_mean,
+            ablations.masked_mean_over_t,
+            ablations.exercise_loss,
+            ablations.uniform_times,
+            ablations.independent_times,
+            ablations.bell_times,
+        ),
         *(ablations.one_time_per_batch, ablations.square_times, ablations.bell, ablations._bell_times, ablations.switched),
         *(ablations.bell_times_weighted, ablations.AdaptiveNorm, TimeConditioned, ablations.PositionEmbedding, LearnedPositions),
         *(response_tokens, crossover.MaskedInputs, crossover.RandomInputs, exact.decoder_batch),
@@ -858,7 +865,7 @@ DECIDES = {
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
     ("llada_helpers", "2"): "3caef89af1cb2f752ce0ab8c5d9da5ea3b9963b464ea5d8aae44f4312f1f0859",
-    ("beyond", "2"): "97484b1072b4277d7925170b0e8759fc086410066a9751d4b662f9fe72ec814e",
+    ("beyond", "2"): "d9e2a47ccf3e0272f6acd9fd8eb7da0bc358bbdda3dc9890fed1a06e8cbd8597",
 }
 
 
