@@ -82,7 +82,7 @@ def test_nothing_is_left_to_fill():
 
 
 COMPARISONS = {"ablations": "difference", "crossover_best": "LLaDA − AR", "vocabulary_bits": "gain"}  # between trainings
-COMPARISONS |= {"decoder": "difference", "budget_gap": "LLaDA − AR"}
+COMPARISONS |= {"decoder": "difference", "budget_gap": "LLaDA − AR", "bell": "difference"}
 
 
 @pytest.mark.parametrize("table, column", COMPARISONS.items(), ids=COMPARISONS)
