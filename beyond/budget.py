@@ -91,8 +91,8 @@ def budget_jobs(budgets: list[Budget], vocab_size: int, train_ids: Tensor, val_i
         job = replace(known.jobs(vocab_size, train_ids, val_ids)[name], make_batch=bell_times if bell else None)
         longer = {"steps": known.llada.steps, "evals": known.llada.evals}
         config = shortened(job.train, parts) if parts else replace(job.train, **longer)
-        kind = f" / {parts}" if parts > 1 else ", as many steps as LLaDA" if not parts else ", t from a bell" if bell else ""
-        row = f"{name}, {preset}{kind}"
+        kind = f" / {parts}" if parts > 1 else "" if parts else ", as many steps as LLaDA"
+        row = f"{name}, {preset}{kind}" + ", t from a bell" * bell
         jobs[row] = [replace(job, train=replace(config, seed=config.seed + seed)) for seed in range(seeds)]
     return jobs
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import llada_helpers as h
 from beyond import budget, quality
+from beyond.ablations import bell_times
 from beyond.experiments import main, run_jobs
 from beyond.vocabulary import multiplications
 
@@ -58,6 +59,9 @@ def test_whole_budgets_are_the_presets_own_trainings():
             whole = h.PRESETS[row.split(", ")[1].partition(" / ")[0]].jobs(*DATA)[row.split(",")[0]]
             assert all(trial.train.steps == round(whole.train.steps / parts) for trial in trials)
         assert [trial.train.seed for trial in trials] == list(range(len(trials)))
+        loss = bell_times if "bell" in row else h.diffusion_batch if row.startswith("LLaDA") else h.next_token_batch
+        assert all(trial.batch_function is loss for trial in trials)
+    assert sum("bell" in row for row in jobs) == 1
 
 
 def test_equal_compute_is_a_row():
@@ -122,7 +126,9 @@ def test_compute_ratio_between_budgets():
     table = pd.DataFrame(curve("LLaDA", [(64, 1.5), (4, 2.5)]) + curve("AR", [(1, 2.0), (4, 1.0)]))
     assert budget.compute_ratio(table) == pytest.approx((16.0, 32.0))
     larger = pd.DataFrame([{"row": "LLaDA, cpu_long", "model": "LLaDA", "TFLOP": 900, "nats/char": 1.0}])
-    assert budget.compute_ratio(pd.concat((table, larger))) == budget.compute_ratio(table), "one curve, one size"
+    bell = larger.assign(row="LLaDA, cpu, t from a bell")
+    for other in (larger, bell):
+        assert budget.compute_ratio(pd.concat((table, other))) == budget.compute_ratio(table), "one curve, one size, one loss"
     apart = pd.DataFrame(curve("LLaDA", [(4, 2.5), (8, 2.1)]) + curve("AR", [(1, 2.0), (4, 1.0)]))
     assert all(map(math.isnan, budget.compute_ratio(apart)))
 
