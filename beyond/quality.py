@@ -31,7 +31,7 @@ def parts(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scored(preset: H.Preset, ids: Tensor) -> Tensor:
-    """What of a text ids [n] a preset scores its suites' models on: all of it, in `smoke` the beginning."""
+    """What of a text ids [n] the study and the block suite score: all of it, in `smoke` the beginning."""
     return ids[:8_192] if preset.name == "smoke" else ids
 
 

@@ -123,6 +123,14 @@ def test_masked_mean_over_t_is_each_rows_mean_over_t(data, seed):
     assert all(row[row > 0].unique().numel() <= 1 for row in weight)
 
 
+def test_masked_mean_over_t_weighs_a_row_by_its_harmonic_number():
+    """The integral over t of (1 - (1-t)^n) / t is 1 + 1/2 + ... + 1/n: more than 1, yet finite (its square is not)."""
+    for n in (1, 4, 20):
+        rows = torch.full((200_000, n), 4)
+        _, _, weight = ablations.masked_mean_over_t(rows, seeded(0), rows > 0)
+        assert float(weight.sum(dim=1).mean()) == pytest.approx(sum(1 / k for k in range(1, n + 1)), abs=0.1)
+
+
 @given(data=padded_rows(), seed=st.integers(0, 10**6))
 def test_the_exercises_loss_is_the_batchs_mean_over_its_one_t(data, seed):
     """Its pseudocode: forward process, cross-entropy over logits[mask], divided by t."""
@@ -139,7 +147,7 @@ def test_the_exercises_loss_is_the_batchs_mean_over_its_one_t(data, seed):
 
 
 def test_the_exercises_loss_weighs_a_batch_by_its_harmonic_number():
-    """The integral over t of (1 - (1-t)^n) / t is 1 + 1/2 + ... + 1/n: more than 1, yet finite (its square is not)."""
+    """As a row's above, for the batch as a whole."""
     for n in (1, 20):
         rows = torch.full((1, n), 4)
         weights = [float(ablations.exercise_loss(rows, seeded(seed), rows > 0)[2].sum()) for seed in range(2_000)]

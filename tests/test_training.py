@@ -849,14 +849,8 @@ DECIDES = {
         *(h.Job.validation_nats, h.ar_nll, h.token_nll, h.exact_masks, h.nelbo, h.stratified_shares),
     ),
     "beyond": (
-        *(
-            masked_mean,
-            ablations.masked_mean_over_t,
-            ablations.exercise_loss,
-            ablations.uniform_times,
-            ablations.independent_times,
-            ablations.bell_times,
-        ),
+        *(masked_mean, ablations.masked_mean_over_t, ablations.exercise_loss),
+        *(ablations.uniform_times, ablations.independent_times, ablations.bell_times),
         *(ablations.one_time_per_batch, ablations.square_times, ablations.bell, ablations._bell_times, ablations.switched),
         *(ablations.bell_times_weighted, ablations.AdaptiveNorm, TimeConditioned, ablations.PositionEmbedding, LearnedPositions),
         *(response_tokens, crossover.MaskedInputs, crossover.RandomInputs, exact.decoder_batch),
