@@ -266,7 +266,7 @@ SUITES = {
         ablations.ablation_measure,
     ),
     "blocks": Suite(
-        "block diffusion between AR and LLaDA, at equal steps and at equal compute",
+        "block diffusion between AR and LLaDA, at equal compute, three seeds",
         blocks.SIZES,
         lambda preset, size, text, data: (blocks.block_jobs(H.PRESETS[size[0]], size[1], *data), None),
         blocks.block_measure,

@@ -409,16 +409,16 @@ def test_training_lowers_the_bound_and_is_scored_by_it(tmp_path, block_length):
 
 @pytest.mark.parametrize("preset", h.PRESETS)
 def test_rows_of_the_suite(preset):
-    """Equal parameters, another training in each row; half the steps for every L' that passes both halves, all for some."""
+    """Equal parameters, another training in each row; half the steps where a pass is over both halves."""
     ids = torch.full((2000,), 5)
     for whose, config in b.SIZES[preset]:
-        rows, seq_len = b.block_jobs(h.PRESETS[whose], config, 30, ids, ids), h.PRESETS[whose].seq_len
+        rows = b.block_jobs(h.PRESETS[whose], config, 30, ids, ids)
         marks = [job.fingerprint() for trials in rows.values() for job in trials]
-        assert len(set(marks)) == len(marks) == 2 * len(rows) == 2 * (2 + len(b.LENGTHS) + len(b.WHOLE) + 1)
-        assert {f"L' = {n}, half the steps" for n in b.LENGTHS} | {f"L' = {n}" for n in (*b.WHOLE, seq_len)} < set(rows)
+        assert len(set(marks)) == len(marks) == 3 * (2 + len(b.LENGTHS)) and max(b.LENGTHS) < h.PRESETS[whose].seq_len
+        assert list(rows) == ["LLaDA", "AR", *(f"L' = {n}" for n in b.LENGTHS)]
         for row, trials in rows.items():
-            steps = config.steps // 2 if row.endswith("half the steps") else config.steps
-            assert [(job.train.steps, job.train.seed) for job in trials] == [(steps, 0), (steps, 1)]
+            steps = config.steps if row in ("LLaDA", "AR") else config.steps // 2
+            assert [(job.train.steps, job.train.seed) for job in trials] == [(steps, 0), (steps, 1), (steps, 2)]
             assert replace(trials[0].model, causal=False) == rows["LLaDA"][0].model and trials[0].model.causal == (row == "AR")
 
 
@@ -457,10 +457,9 @@ def test_suite_from_the_command_line(tmp_path, monkeypatch, capsys):
     Path("text.txt").write_text(TEXT)
     monkeypatch.setenv("LLADA_DATA", "text.txt")
     main(["blocks", "--preset", "smoke"])
-    assert "L' = 4, half the steps" in capsys.readouterr().out
+    assert "L' = 4" in capsys.readouterr().out
     table = pd.read_csv("build/smoke/figures/tables/blocks.csv")
-    kinds = {"LLaDA": 64, "AR": 1, "L' = 1, half the steps": 1, "L' = 1": 1}
-    kinds |= {"L' = 4, half the steps": 4, "L' = 4": 4, "L' = 64": 64}
+    kinds = {"LLaDA": 64, "AR": 1, "L' = 1": 1, "L' = 4": 4}
     assert dict(zip(table["row"], table["block length"])) == kinds
     for _, line in table.iterrows():
         told = {name for name in ("L'", "L'/2", "L'/4", "1") if np.isfinite(line[f"judge nats/char ({name})"])}
