@@ -156,20 +156,20 @@ class TimeConditioned(H.Transformer):
 
 
 class PositionEmbedding(nn.Embedding):
-    """Token embedding plus a table of positions: ids [B, L] to [B, L, width]."""
+    """Token embedding plus a table of positions, which starts small as in GPT-2: ids [B, L] to [B, L, width]."""
 
     def __init__(self, config: H.ModelConfig):
         super().__init__(config.vocab_size, config.n_embd)
-        self.positions = nn.Parameter(torch.randn(config.seq_len, config.n_embd))
+        self.positions = nn.Parameter(0.02 * torch.randn(config.seq_len, config.n_embd))
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) + self.positions[: ids.shape[1]]
 
 
-class LearnedPositions(H.Transformer):
-    """Transformer with a learned table of positions in place of rotary ones; whole sequences only, no cache.
+class AbsolutePositions(H.Transformer):
+    """Transformer with learned absolute positions in place of rotary ones; whole sequences only, no cache.
 
-    >>> model = LearnedPositions(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> model = AbsolutePositions(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
     >>> tuple(model(torch.tensor([[4, H.MASK_ID, 5]])).shape), bool((model.sin == 0).all())
     ((1, 3, 10), True)
     """
@@ -205,7 +205,7 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "LLaDA, t uniform": {"make_batch": uniform_times},
         "LLaDA, one t per batch (exercise)": {"make_batch": one_time_per_batch},
         "LLaDA, mean over masked (MDLM tutorial)": {"make_batch": masked_mean},
-        "LLaDA, mean over masked / t, one t (exercise)": {"make_batch": exercise_loss},
+        "LLaDA, mean over masked / t, one t (pseudocode)": {"make_batch": exercise_loss},
         "LLaDA, mean over masked / t, window by window": {"make_batch": masked_mean_over_t},
         "LLaDA, mean over masked, Eq. 3 in the decay": {"make_batch": switched(masked_mean, late, switch)},
         "LLaDA, t from a bell, weighted": {"make_batch": bell_times_weighted},
@@ -215,7 +215,7 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "LLaDA, time conditioning": {"architecture": TimeConditioned},
         "LLaDA, usual attention scale": {"attention_scale": head**0.5},
         "LLaDA, rotary base 10,000": {"rotary_base": 10_000.0},
-        "LLaDA, learned positions": {"architecture": LearnedPositions},
+        "LLaDA, learned positions": {"architecture": AbsolutePositions},
         "LLaDA, half the windows, twice the steps": {"batch_size": preset.llada.batch_size // 2, "steps": 2 * steps},
         "LLaDA, independent t": {"make_batch": independent_times},
         "LLaDA, dropout 0.1" if not preset.dropout else "LLaDA, no dropout": {"dropout": 0.0 if preset.dropout else 0.1},

@@ -25,7 +25,7 @@ from beyond import quality
 from llada_helpers import MaskPredictor, Strategy
 
 BlockPredictor = Callable[[Tensor], Tensor]
-LENGTHS = (2, 4, 8, 16, 32)
+LENGTHS = (2, 8, 32)
 _SHORT = ("smoke", H.TrainConfig(10, 16, evals=1, eval_windows=32))
 _CPU = ("cpu", H.TrainConfig(600, 16, evals=4))
 SCORES = ("passes", "judge nats/char", "known words", "char entropy", "distinct-3")
