@@ -77,7 +77,7 @@ def masked_mean(sequences: Tensor, generator: torch.Generator, learned: Tensor) 
 
 
 def exercise_loss(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """The exercise's sketch: one t for the batch, and the mean over all its masked tokens divided by t.
+    """The exercise's pseudocode: one t for the batch, and the mean over all its masked tokens divided by t.
 
     A batch of n tokens then weighs 1 / t whenever one is masked: 1 + 1/2 + ... + 1/n on average, with infinite variance.
     """
@@ -88,7 +88,7 @@ def exercise_loss(sequences: Tensor, generator: torch.Generator, learned: Tensor
 
 
 def masked_mean_over_t(sequences: Tensor, generator: torch.Generator, learned: Tensor) -> Batch:
-    """The exercise's formula window by window, each with a t of its own: its mean over its masked tokens divided by t."""
+    """The pseudocode's loss window by window, each with a t of its own: its mean over its masked tokens divided by t."""
     t = H.stratified_times(len(sequences), generator)
     inputs, targets, weight = H.diffusion_batch(sequences, generator, learned, t=t)
     mask = (weight > 0).float()
@@ -156,20 +156,20 @@ class TimeConditioned(H.Transformer):
 
 
 class PositionEmbedding(nn.Embedding):
-    """Token embedding plus a table of positions, which starts small as in GPT-2: ids [B, L] to [B, L, width]."""
+    """Token embedding plus a table of positions: ids [B, L] to [B, L, width]."""
 
     def __init__(self, config: H.ModelConfig):
         super().__init__(config.vocab_size, config.n_embd)
-        self.positions = nn.Parameter(0.02 * torch.randn(config.seq_len, config.n_embd))
+        self.positions = nn.Parameter(torch.randn(config.seq_len, config.n_embd))
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) + self.positions[: ids.shape[1]]
 
 
-class AbsolutePositions(H.Transformer):
+class LearnedPositions(H.Transformer):
     """Transformer with learned absolute positions in place of rotary ones; whole sequences only, no cache.
 
-    >>> model = AbsolutePositions(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
+    >>> model = LearnedPositions(H.ModelConfig(vocab_size=10, seq_len=6, n_layer=1, n_head=2, n_embd=8))
     >>> tuple(model(torch.tensor([[4, H.MASK_ID, 5]])).shape), bool((model.sin == 0).all())
     ((1, 3, 10), True)
     """
@@ -215,7 +215,7 @@ def _changes(preset: H.Preset, steps: int) -> dict[str, dict]:
         "LLaDA, time conditioning": {"architecture": TimeConditioned},
         "LLaDA, usual attention scale": {"attention_scale": head**0.5},
         "LLaDA, rotary base 10,000": {"rotary_base": 10_000.0},
-        "LLaDA, learned positions": {"architecture": AbsolutePositions},
+        "LLaDA, learned positions": {"architecture": LearnedPositions},
         "LLaDA, half the windows, twice the steps": {"batch_size": preset.llada.batch_size // 2, "steps": 2 * steps},
         "LLaDA, independent t": {"make_batch": independent_times},
         "LLaDA, dropout 0.1" if not preset.dropout else "LLaDA, no dropout": {"dropout": 0.0 if preset.dropout else 0.1},

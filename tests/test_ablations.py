@@ -11,7 +11,7 @@ from oracle import MASK, PAD, ExactPredictor, PostNormEncoder, WrongPredictor, e
 
 import llada_helpers as h
 from beyond import ablations
-from beyond.ablations import AbsolutePositions, TimeConditioned
+from beyond.ablations import LearnedPositions, TimeConditioned
 
 UNIFORM = (ablations.uniform_times, ablations.independent_times, ablations.one_time_per_batch)
 BOUNDS = (h.diffusion_batch, *UNIFORM, ablations.square_times, ablations.bell_times_weighted)
@@ -157,7 +157,7 @@ def test_the_exercises_loss_weighs_a_batch_by_its_harmonic_number():
 # --- architectures ---
 
 CONFIG = h.ModelConfig(vocab_size=11, seq_len=12, n_layer=2, n_head=2, n_embd=16)
-ARCHITECTURES = [h.Transformer, TimeConditioned, AbsolutePositions]
+ARCHITECTURES = [h.Transformer, TimeConditioned, LearnedPositions]
 
 
 def model_of(architecture, seed=0):
@@ -242,7 +242,7 @@ def test_a_fresh_one_is_not_yet_told_the_time():
 @torch.no_grad()
 def test_learned_positions_are_absolute_and_all_there_is():
     """Not rotary: with an empty table the order of the others does not matter, with a full one it does."""
-    model, there, exchanged = model_of(AbsolutePositions), torch.tensor([[4, 5, 6, 7]]), torch.tensor([[5, 4, 6, 7]])
+    model, there, exchanged = model_of(LearnedPositions), torch.tensor([[4, 5, 6, 7]]), torch.tensor([[5, 4, 6, 7]])
     assert not close(model(there)[0, 3], model(exchanged)[0, 3])
     model.embed.positions.zero_()
     assert close(model(there)[0, 3], model(exchanged)[0, 3])

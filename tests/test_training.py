@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 import llada_helpers as h
 from beyond import ablations, blocks, crossover, exact
-from beyond.ablations import AbsolutePositions, TimeConditioned, masked_mean
+from beyond.ablations import LearnedPositions, TimeConditioned, masked_mean
 from beyond.dialogue import response_tokens
 
 MODEL = h.ModelConfig(vocab_size=10, seq_len=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
@@ -796,7 +796,7 @@ CHANGES = {
     "batch with another switch": {"make_batch": ablations.switched(masked_mean, h.diffusion_batch, 3)},
     "learned tokens": {"learned": response_tokens},
     "time": {"architecture": TimeConditioned},
-    "positions": {"architecture": AbsolutePositions},
+    "positions": {"architecture": LearnedPositions},
 }
 
 
@@ -852,14 +852,14 @@ DECIDES = {
         *(masked_mean, ablations.masked_mean_over_t, ablations.exercise_loss),
         *(ablations.uniform_times, ablations.independent_times, ablations.bell_times),
         *(ablations.one_time_per_batch, ablations.square_times, ablations.bell, ablations._bell_times, ablations.switched),
-        *(ablations.bell_times_weighted, ablations.AdaptiveNorm, TimeConditioned, ablations.PositionEmbedding, AbsolutePositions),
+        *(ablations.bell_times_weighted, ablations.AdaptiveNorm, TimeConditioned, ablations.PositionEmbedding, LearnedPositions),
         *(response_tokens, crossover.MaskedInputs, crossover.RandomInputs, exact.decoder_batch),
         *(blocks.block_mask, blocks.BlockDiffusion, blocks.block_masks, blocks.block_batch, blocks.block_nelbo, blocks.BlockJob),
     ),
 }
 SHA256_OF_TOKENS = {  # of (module, TRAINING_PATH)
     ("llada_helpers", "2"): "3caef89af1cb2f752ce0ab8c5d9da5ea3b9963b464ea5d8aae44f4312f1f0859",
-    ("beyond", "2"): "6acf1dc7d22ce46c72b52f743fa9641f19d4eef8f36e518c51540ae0f7401eb6",
+    ("beyond", "2"): "d9e2a47ccf3e0272f6acd9fd8eb7da0bc358bbdda3dc9890fed1a06e8cbd8597",
 }
 
 
@@ -1050,7 +1050,7 @@ def test_orthogonalize_gives_singular_values_near_one():
         assert cosine > 0.7, "toward the nearest, not any, orthogonal matrix"
 
 
-@pytest.mark.parametrize("architecture", [h.Transformer, TimeConditioned, AbsolutePositions])
+@pytest.mark.parametrize("architecture", [h.Transformer, TimeConditioned, LearnedPositions])
 def test_every_parameter_is_in_exactly_one_group(architecture):
     """Muon has the blocks' own matrices, whatever else is in them."""
     model = architecture(h.ModelConfig(10, 8, 2, 2, 8))
@@ -1211,7 +1211,7 @@ def test_interrupted_training_from_a_start_goes_on(tmp_path, interrupt_at, monke
 ADAMW = replace(CONFIG, muon_lr=0.0)
 KINDS = {
     "AdamW alone": {"config": ADAMW},
-    "learned positions": {"architecture": AbsolutePositions},
+    "learned positions": {"architecture": LearnedPositions},
     "causal attention with the diffusion loss": {"model": replace(MODEL, causal=True), "make_batch": h.diffusion_batch},
     "autoregressive": {"model": replace(MODEL, causal=True)},
     "time conditioning": {"architecture": TimeConditioned},
@@ -1246,7 +1246,7 @@ def test_every_kind_of_training_learns(tmp_path, kind):
     assert train(tmp_path, **change, train_ids=ids, val_ids=ids[:30]).metrics.val_loss.iloc[-1] < 0.5
 
 
-@pytest.mark.parametrize("architecture", [h.Transformer, TimeConditioned, AbsolutePositions, PostNormEncoder])
+@pytest.mark.parametrize("architecture", [h.Transformer, TimeConditioned, LearnedPositions, PostNormEncoder])
 def test_without_muon_there_is_adamw_for_everything(architecture):
     model = architecture(MODEL)
     (group,) = h.make_optimizer(model, ADAMW).param_groups
