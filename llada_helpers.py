@@ -151,7 +151,7 @@ class CharTokenizer:
 
 
 def split(ids: Tensor, fraction: float = 0.8) -> tuple[Tensor, Tensor]:
-    """The first `fraction` of ids for training, the rest for validation: by position, so that they share no text."""
+    """The first `fraction` of ids for training, the rest for validation: by position, so that they do not overlap."""
     cut = int(fraction * len(ids))
     _refuse(not 0 < cut < len(ids), f"{fraction} of {len(ids)} ids leaves a part empty; pass a longer text, or 0 < fraction < 1")
     return ids[:cut], ids[cut:]

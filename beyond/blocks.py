@@ -282,7 +282,7 @@ class BlockJob(H.Job):
 def block_jobs(
     preset: H.Preset, config: H.TrainConfig, vocab_size: int, train_ids: Tensor, val_ids: Tensor
 ) -> dict[str, list[H.Job]]:
-    """LLaDA in the first row, AR, and block diffusion for L' between them, of equal parameters and compute; three seeds each.
+    """LLaDA (first), AR, and block diffusion for L' between them, of equal size and about equal compute; three seeds each.
 
     A pass over both halves costs a little more than two (2.25 in the preset `cpu`), so each L' is trained for half the steps.
 
