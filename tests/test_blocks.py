@@ -429,13 +429,13 @@ TOKENIZER = h.CharTokenizer.from_text(TEXT)
 SMOKE = h.PRESETS["smoke"]
 
 
-@pytest.mark.parametrize("row", ["AR", "L' = 4", "LLaDA"])
+@pytest.mark.parametrize("row", ["AR", "L' = 8", "LLaDA"])
 def test_measure_is_of_these_texts(row):
     train_ids, val_ids, _ = quality.parts(TOKENIZER.encode(TEXT))
     job = b.block_jobs(SMOKE, h.TrainConfig(1, 2), TOKENIZER.vocab_size, train_ids, val_ids)[row][0]
     torch.manual_seed(0)
     run, windows = h.Run(job.architecture(job.model).eval(), None, {}, None), h.windows(val_ids, job.model.seq_len)
-    found, length = suite("blocks", SMOKE, TEXT)[2]["measure"](job, run), {"AR": 1, "L' = 4": 4, "LLaDA": 64}[row]
+    found, length = suite("blocks", SMOKE, TEXT)[2]["measure"](job, run), {"AR": 1, "L' = 8": 8, "LLaDA": 64}[row]
     assert found["block length"] == length
     nats = job.validation_nats(run.model, windows)
     assert found["nats/char"] == pytest.approx(float(nats.sum() / (windows != PAD).sum()), rel=1e-5)
